@@ -1,1 +1,20 @@
-"""sd_atoms."""
+"""Personalise Stable Diffusion by training only filter atoms. Importing this package makes PEFT know `AtomsConfig`."""
+
+from typing import TYPE_CHECKING
+
+from sd_atoms.errors import UserError
+from sd_atoms.tuner import AtomsConfig
+
+if TYPE_CHECKING:
+    from sd_atoms.pipeline import load_atoms, save_atoms
+
+__version__ = "0.1.0"
+__all__ = ["AtomsConfig", "UserError", "load_atoms", "save_atoms"]
+
+
+def __getattr__(name: str):
+    if name in ("load_atoms", "save_atoms"):  # diffusers is imported by those who need a pipeline
+        from sd_atoms import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

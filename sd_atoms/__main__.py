@@ -1,0 +1,7 @@
+"""`python -m sd_atoms`."""
+
+import sys
+
+from sd_atoms.cli import main
+
+sys.exit(main())

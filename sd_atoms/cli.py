@@ -1,0 +1,123 @@
+"""The command line: words in, objects out. What a command needs is imported inside it."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from sd_atoms.errors import UserError
+from sd_atoms.settings import Parser, add_flags, resolve
+
+TRAIN_DESCRIPTION = "Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`sd-atoms`: returns the exit code; 2 for bad input, with one line on stderr."""
+    return _run(lambda: _dispatch(list(sys.argv[1:] if words is None else words)))
+
+
+def train_main(words: Sequence[str] | None = None) -> int:
+    """`train_dreambooth_atoms.py`: the same as `sd-atoms train`."""
+    return _run(lambda: _train(list(sys.argv[1:] if words is None else words), "train_dreambooth_atoms.py"))
+
+
+def _dispatch(words: list[str]) -> None:
+    parser = Parser(prog="sd-atoms", description="Personalise Stable Diffusion by training only filter atoms.")
+    parser.add_argument("command", choices=COMMANDS, metavar="{" + ",".join(COMMANDS) + "}", help="what to do")
+    if not words or words[0] not in COMMANDS:
+        parser.parse_args(words[:1])  # --help, or an error that names the commands
+    COMMANDS[words[0]](words[1:], f"sd-atoms {words[0]}")
+
+
+def _train(words: list[str], program: str) -> None:
+    from sd_atoms.training.config import TrainConfig
+
+    config, path = _settings(TrainConfig, words, program, TRAIN_DESCRIPTION)
+    from sd_atoms.recipes.personalise import personalise
+    from sd_atoms.training.interrupt import Interrupted
+
+    try:
+        personalise(config)
+    except Interrupted as stop:
+        _say(
+            f"\nStopped after step {stop.step}; the checkpoint is saved. To go on:\n"
+            f"  accelerate launch train_dreambooth_atoms.py --config {path or config.output_dir + '/config.yaml'} "
+            "--resume_from_checkpoint latest"
+        )
+        raise SystemExit(128 + stop.signal_number) from None
+
+
+def _generate(words: list[str], program: str) -> None:
+    from sd_atoms.recipes.draw import DrawConfig
+
+    config, _ = _settings(DrawConfig, words, program, "Draws pictures from prompt templates with an adapter.")
+    from sd_atoms.recipes.draw import draw
+
+    draw(config)
+
+
+def _bench(words: list[str], program: str) -> None:
+    from sd_atoms.bench import command
+
+    _delegate(command, words, program, "Measures speed and memory on this machine.")
+
+
+def _pretrain_pocket(words: list[str], program: str) -> None:
+    from sd_atoms.pocket.pretrain import command
+
+    _delegate(
+        command, words, program, "Makes the pocket base again, from its procedural world to the finished folders."
+    )
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "train": _train,
+    "generate": _generate,
+    "bench": _bench,
+    "pretrain-pocket": _pretrain_pocket,
+}
+
+
+def _settings(settings: type, words: list[str], program: str, description: str):
+    """Flags and the YAML file of --config as settings, and the path of that file."""
+    parser = Parser(prog=program, description=description)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings; flags of the command line win over it"
+    )
+    add_flags(parser, settings)
+    known, unknown = parser.parse_known_args(words)
+    flags = vars(known)
+    path = flags.pop("config")
+    return resolve(settings, flags, path, unknown), path
+
+
+def _delegate(command, words: list[str], program: str, description: str) -> None:
+    parser = Parser(prog=program, description=description)
+    command.add_arguments(parser)
+    command.run(parser.parse_args(words))
+
+
+def _run(job: Callable[[], None]) -> int:
+    warnings.showwarning = _show_warning
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()  # their notices are for those who call them
+    try:
+        job()
+    except UserError as error:
+        _say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    _say(f"warning: {message}")

@@ -1,0 +1,265 @@
+"""From files to pictures to tensors and back: the only place where pixel ranges change.
+
+A picture is a PIL image in mode RGB, 8 bits, sRGB, upright and opaque. Everything a file can hold besides that
+(rotation flags, transparency, CMYK, 16 bits, colour profiles, animation) ends in `read_image`.
+"""
+
+import io
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from tqdm import tqdm
+
+from sd_atoms.errors import UserError
+
+# Which files of a folder count goes by their names; how a file is opened goes by its content.
+EXTENSIONS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: a JPEG that holds several
+SMALLEST_SIDE_PX = 16
+
+_SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+_SRGB_NAMES = ("sRGB", "sRGB built-in", "sRGB IEC61966-2.1")
+_EXPECTED = "expected an intact PNG, JPEG, WebP, BMP, TIFF or GIF picture"
+_RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
+RESAMPLING = tuple(sorted(_RESAMPLING))
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files directly inside a folder, in natural order, and a few words on what else lay there."""
+
+    paths: tuple[Path, ...]
+    ignored: tuple[str, ...]  # one entry per reason: "3 .txt files: a.txt, b.txt, c.txt"
+
+
+def scan_folder(folder: str | os.PathLike) -> ImageFolder:
+    """Lists the image files directly inside `folder`; nothing is opened.
+
+    Files are sorted by name, numbers by value (img2 before img10), alike on every machine and in every locale.
+    Sub-folders, hidden files, system files such as Thumbs.db and other extensions are ignored and listed as such.
+
+    Raises:
+        UserError: the folder is missing, not a folder, not readable, empty or without images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {problem}; expected a folder of images")
+    try:
+        entries = sorted(folder.iterdir(), key=_natural_key)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); expected a folder of images") from error
+    paths, ignored = [], {}
+    for entry in entries:
+        reason = _why_ignored(entry)
+        if reason is None:
+            paths.append(entry)
+        else:
+            ignored.setdefault(reason, []).append(entry.name)
+    notes = tuple(
+        f"{len(names)} {reason}{'s' * (len(names) > 1)}: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
+        for reason, names in ignored.items()
+    )
+    if not paths:
+        found = "; ".join(notes) or "it is empty"
+        raise UserError(f"{folder}: no images ({found}); expected files named {', '.join(EXTENSIONS)}")
+    return ImageFolder(tuple(paths), notes)
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Reads a file as an upright, opaque 8-bit sRGB picture (PIL, mode RGB) that carries no metadata.
+
+    EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, 16-bit,
+    integer and float greys are scaled, colours are brought from the file's ICC profile to sRGB.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, no picture, of a format that this Pillow cannot open, too
+            small (under 16 px on a side) or so large that it may be a decompression bomb.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise UserError(f"{path}: is a {image.format} file; {_EXPECTED}")
+            if min(image.size) < SMALLEST_SIDE_PX:
+                size = f"{image.width} x {image.height} px"
+                raise UserError(f"{path}: {size} is too small; at least {SMALLEST_SIDE_PX} px a side are needed")
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            picture = _opaque_srgb(image)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        what = "is empty (0 bytes)" if path.stat().st_size == 0 else "holds no picture that this Pillow recognises"
+        raise UserError(f"{path}: {what}; {_EXPECTED}") from error
+    except Image.DecompressionBombError as error:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
+        raise UserError(f"{path}: holds more than {limit}; scale it down first") from error
+    except Exception as error:  # decoders raise whatever their parsers trip over: SyntaxError, struct.error, EOFError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); {_EXPECTED}") from error
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def check_images(paths: Sequence[str | os.PathLike]) -> None:
+    """Opens every file and reports all that cannot be used together, so that no long run stops at the last one.
+
+    Raises:
+        UserError: one line for one bad file; a heading and one line each for several.
+    """
+    problems = []
+    for path in tqdm(paths, desc="Checking images", unit="image", delay=2, leave=False, disable=None):
+        try:
+            read_image(path)
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        heading = f"{len(problems)} of {len(paths)} images cannot be used:"
+        raise UserError("\n  ".join([heading, *problems]))
+
+
+def fit(
+    image: Image.Image, size_px: int, *, center_crop: bool, resample: str, rng: random.Random | None
+) -> Image.Image:
+    """Resizes the shortest side to `size_px` and crops a square of that side.
+
+    Args:
+        image: an RGB picture.
+        size_px: side of the result.
+        center_crop: crop the middle; otherwise `rng` picks the place, and without an `rng` it is the middle too.
+        resample: bicubic, bilinear, box, hamming, lanczos or nearest.
+        rng: draws the two offsets of a random crop; not touched by a center crop.
+
+    Raises:
+        UserError: `resample` is not one of those names.
+    """
+    if resample not in _RESAMPLING:
+        raise UserError(f"interpolation {resample!r}: expected one of {', '.join(RESAMPLING)}")
+    short = min(image.size)
+    width, height = size_px * image.width // short, size_px * image.height // short
+    if center_crop or rng is None:
+        left, top = (width - size_px) // 2, (height - size_px) // 2
+    else:
+        left, top = rng.randint(0, width - size_px), rng.randint(0, height - size_px)
+    # The filter reads the pixels around the box as well, so this is the crop of the resized whole, which is never
+    # built: a panorama costs no more than a square.
+    x0, x1 = left * image.width / width, (left + size_px) * image.width / width
+    y0, y1 = top * image.height / height, (top + size_px) * image.height / height
+    return image.resize((size_px, size_px), _RESAMPLING[resample], (x0, y0, x1, y1))
+
+
+def to_unit(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size -> (N, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: no pictures, a mode other than RGB, or several sizes.
+    """
+    modes, sizes = {image.mode for image in images}, {image.size for image in images}
+    if modes != {"RGB"} or len(sizes) != 1:
+        raise ValueError(f"expected RGB pictures of one size, got modes {sorted(modes)} and sizes {sorted(sizes)}")
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 255  # (N, H, W, 3) uint8 -> (N, 3, H, W)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size -> (N, 3, H, W) float32 in [-1, 1]; raises as `to_unit` does."""
+    return to_unit(images) * 2 - 1
+
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) of any float type in [-1, 1] -> N RGB pictures; `to_pil(to_tensor(x))` is x exactly.
+
+    Raises:
+        ValueError: another shape or type, or values beyond [-1, 1] or not finite; clamp a decoder's output first.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ValueError(f"expected (N, 3, H, W) floats, got {tuple(pixels.shape)} {pixels.dtype}")
+    pixels = pixels.detach().float().cpu()
+    if pixels.numel():
+        low, high = pixels.aminmax()
+        if not (low >= -1 - 1e-5 and high <= 1 + 1e-5):  # NaN fails every comparison
+            raise ValueError(f"expected values in [-1, 1], got [{low:.4g}, {high:.4g}]")
+    pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)  # (N, H, W, 3)
+    return [Image.fromarray(picture) for picture in pixels.numpy()]
+
+
+def _natural_key(path: Path) -> tuple:
+    # "img10.png" -> ("img", 10, ".png"): text and numbers always alternate, so keys compare; the name breaks ties.
+    parts = re.split(r"([0-9]+)", path.name.casefold())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
+
+
+def _why_ignored(entry: Path) -> str | None:
+    extension = entry.suffix.lower()
+    if entry.name.startswith("."):
+        return "hidden file"
+    if entry.is_dir():
+        return "sub-folder"
+    if entry.name.lower() in _SYSTEM_FILES:
+        return "system file"
+    if extension not in EXTENSIONS:
+        return f"{extension or 'extensionless'} file"
+    return None if entry.is_file() else "broken link or special file"
+
+
+def _opaque_srgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode -> RGB, on a canvas of its own that has none of the file's metadata."""
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):
+        image = _grey_8_bit(image)
+    elif image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(_srgb(image, profile), mask=alpha)
+    return canvas
+
+
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Mode L, RGB, CMYK or LAB -> RGB, by the profile if there is one that works and it is not sRGB already."""
+    srgb = ImageCms.createProfile("sRGB")
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
+    if profile is not None:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if ImageCms.getProfileDescription(source).strip() not in _SRGB_NAMES:
+                return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass  # broken, or made for another colour space: such a file is shown by every viewer as if it had none
+    return image.convert("RGB")
+
+
+def _grey_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit integer or float grey -> L; `convert("L")` would clip all of them at 255.
+
+    White is 65535 for integers and 1, 255 or 65535 for floats, the first that holds every value. Values beyond that,
+    negative ones too, have no white of their own and are stretched from the smallest to the largest.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("holds values that are not finite")
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
+    black, white = next(((0, white) for white in whites if low >= 0 and high <= white), (low, high))
+    return Image.fromarray(((values - black) * (255 / max(white - black, 1e-12))).round().astype(np.uint8))

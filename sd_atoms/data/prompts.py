@@ -1,0 +1,73 @@
+"""Prompt templates and seeds as users write them."""
+
+import os
+import re
+from pathlib import Path
+
+from sd_atoms.errors import UserError
+
+LARGEST_SEED = 2**63 - 1
+MOST_SEEDS = 100_000  # far above any experiment; a slip such as 0-99999999999 must not fill the memory
+
+
+def load_templates(path: str | os.PathLike) -> list[str]:
+    """Reads one template per line from a UTF-8 file; `{}` stands for the concept, once per template.
+
+    Blank lines and lines that start with `#` are skipped.
+
+    Raises:
+        UserError: no such file, not UTF-8, no template in it, or a line whose braces are not one `{}`.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a text file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); expected a text file of prompts") from error
+
+    templates = []
+    for number, line in enumerate(lines, start=1):
+        template = line.strip()
+        if not template or template.startswith("#"):
+            continue
+        rest = template.replace("{}", "", 1)
+        if rest == template or "{" in rest or "}" in rest:
+            raise UserError(f"{path}, line {number}: {template!r}: expected {{}} exactly once and no other braces")
+        templates.append(template)
+    if not templates:
+        raise UserError(f"{path}: no prompts; expected one per line, with {{}} for the concept")
+    return templates
+
+
+def fill(template: str, concept: str) -> str:
+    """Puts `concept` in the place of `{}`; braces in the concept itself stay as they are."""
+    return template.replace("{}", concept)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Turns "0-3,7" into [0, 1, 2, 3, 7]: whole numbers and ranges that include both ends, in the order given.
+
+    Raises:
+        UserError: anything else, a range that runs backwards, a seed given twice, a seed above 2^63 - 1 or more than
+            100,000 seeds.
+    """
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,19})(?:\s*-\s*([0-9]{1,19}))?", part.strip())
+        if match is None:
+            raise UserError(f"seeds {text!r}: {part.strip()!r} is neither a number from 0 up (7) nor a range (0-3)")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"seeds {text!r}: range {part.strip()!r} runs backwards; expected {last}-{first}")
+        if last > LARGEST_SEED:
+            raise UserError(f"seeds {text!r}: {last} is too large; the largest seed is {LARGEST_SEED}")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise UserError(f"seeds {text!r}: more than {MOST_SEEDS} seeds")
+        seeds.extend(range(first, last + 1))
+    seen = set()
+    for seed in seeds:
+        if seed in seen:
+            raise UserError(f"seeds {text!r}: {seed} is given twice; expected every seed once")
+        seen.add(seed)
+    return seeds

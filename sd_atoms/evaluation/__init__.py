@@ -1,0 +1,1 @@
+"""Scores of pictures: pure metrics on features, and the networks that make the features."""

@@ -1,0 +1,116 @@
+"""A run folder: config.yaml, env.json, log.jsonl, logs/, checkpoints/, adapter/, images/, metrics.json, one file."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from sd_atoms.errors import UserError
+from sd_atoms.files import write_json, write_text
+from sd_atoms.settings import to_yaml
+from sd_atoms.training.config import TrainConfig
+
+CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
+CHECKPOINTS, ADAPTER, IMAGES, CURVES = "checkpoints", "adapter", "images", "logs"
+LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
+# a resumed run may differ from its start in these: they change no trained number that is already fixed
+FREE_ON_RESUME = {
+    "output_dir", "overwrite", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "checkpointing_steps",
+    "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "prompts_file",
+    "num_instance_images", "guidance_scale", "num_inference_steps", "scheduler", "clip_model_name_or_path",
+    "report_to",
+}  # fmt: skip
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuses, before anything is loaded, to mix two runs in one folder.
+
+    Raises:
+        UserError: the folder holds something and neither overwriting nor resuming was asked for; or the run to resume
+            had other settings.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file")
+    holds_run = (folder / CONFIG).exists()
+    if config.resume_from_checkpoint:
+        if not holds_run:
+            raise UserError(f"output_dir: {folder} holds no run to resume")
+        _check_same_settings(config, folder / CONFIG)
+    elif folder.exists() and any(folder.iterdir()):
+        if not holds_run:
+            raise UserError(f"output_dir: {folder} holds files that are not a run; choose an empty or new folder")
+        if not config.overwrite:
+            raise UserError(
+                f"output_dir: {folder} holds another run; pass --overwrite to replace it, "
+                "--resume_from_checkpoint latest to go on with it, or another --output_dir"
+            )
+
+
+def open_run(config: TrainConfig, name: str, processes: int) -> Path:
+    """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow."""
+    folder = Path(config.output_dir)
+    if not config.resume_from_checkpoint:
+        for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES):
+            shutil.rmtree(folder / entry, ignore_errors=True)
+        for entry in (LOG, METRICS, CONFIG, ENVIRONMENT, f"{name}.safetensors"):
+            (folder / entry).unlink(missing_ok=True)
+    saved = dataclasses.replace(config, overwrite=False, resume_from_checkpoint=None)
+    write_text(folder / CONFIG, to_yaml(saved))
+    write_json(folder / ENVIRONMENT, environment(processes))
+    return folder
+
+
+def environment(processes: int) -> dict:
+    """What a reader needs to repeat the run elsewhere."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log.jsonl, one per optimiser step; half a last line, as a killed run leaves it, is no entry."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drops the entries after `step`, which a resumed run will write again."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= step]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _check_same_settings(config: TrainConfig, path: Path) -> None:
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        now = dataclasses.asdict(config)
+        changed = [
+            f"{key} was {before.get(key)!r}, now {value!r}"
+            for key, value in now.items()
+            if key not in FREE_ON_RESUME and before.get(key) != value and not (key == "resolution" and value is None)
+        ]
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if changed:
+        raise UserError(f"resume_from_checkpoint: the run had other settings: {'; '.join(changed)}")
