@@ -152,9 +152,7 @@ def test_captions_stand_under_their_pictures():
 
 
 def test_blocks_are_separated_and_headed():
-    sheet = labelled_blocks(
-        [Block("Your photos", [_solid(0), _solid(1), _solid(2)]), Block("Others", [_solid(3)])], 2
-    )
+    sheet = labelled_blocks([Block("Your photos", [_solid(0), _solid(1), _solid(2)]), Block("Others", [_solid(3)])], 2)
     first, second, third, fourth = (_box(sheet, colour) for colour in COLOURS[:4])
     assert first[1] == second[1] < third[1] < fourth[1]
     assert first[0] == third[0] == fourth[0]

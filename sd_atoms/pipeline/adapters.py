@@ -96,7 +96,9 @@ def load_atoms(
     _check_layers(label, artefact, weights)
     _check_base(label, artefact, weights)
     add_placeholder_tokens(pipe, artefact.tokens)
-    pipe.unet.add_adapter(artefact.config, adapter_name)
+    with warnings.catch_warnings():  # PEFT wonders at a second adapter that diffusers adds
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        pipe.unet.add_adapter(artefact.config, adapter_name)
     result = set_peft_model_state_dict(pipe.unet, artefact.state, adapter_name)
     if result.unexpected_keys:
         raise UserError(
