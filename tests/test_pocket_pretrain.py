@@ -3,6 +3,8 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,9 +25,15 @@ from sd_atoms.pocket.world import caption, sample
 # The real stages at a size that a second trains: as deep as the real ones, but narrow.
 TINY = {
     "tokenizer": {"caption_count": 300},
-    "vae": {"batch_size": 2, "whole_picture_batch_size": 1, "channels": (8, 8, 8, 8), "norm_groups": 4},
+    "vae": {
+        "batch_size": 2,
+        "whole_picture_batch_size": 1,
+        "channels": (4, 4, 4, 4),
+        "norm_groups": 2,
+        "log_every_steps": 1,
+    },
     "clip": {"batch_size": 4, "width": 32, "layers": 1},
-    "unet": {"batch_size": 2, "channels": (16, 16, 16)},
+    "unet": {"batch_size": 2, "channels": (8, 8, 8), "norm_groups": 4},
 }
 
 
@@ -41,7 +49,10 @@ def tiny_stages():
         for name, changes in TINY.items():
             settings = dataclasses.replace(STAGES[name].settings, **changes)
             patch.setitem(STAGES, name, dataclasses.replace(STAGES[name], settings=settings))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more only wait for each other on networks so small
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +135,10 @@ def test_an_interrupted_stage_goes_on_at_its_stored_step_and_ends_as_if_unbroken
     settings = dataclasses.replace(STAGES[stage].settings, checkpoint_every_seconds=0)
     monkeypatch.setitem(STAGES, stage, dataclasses.replace(STAGES[stage], settings=settings))
     calls_per_step = 2 if stage == "clip" else 1
+    original = getattr(module, function)
     calls = []
 
-    def stop_in_second_step(*arguments, original=getattr(module, function)):
+    def stop_in_second_step(*arguments):
         calls.append(arguments)
         if len(calls) > calls_per_step:
             raise KeyboardInterrupt
@@ -178,6 +190,32 @@ def test_the_time_budget_counts_the_seconds_of_all_resumes(tmp_path, monkeypatch
     assert run.step == 10
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
     assert rates[-1] < rates[-2] < rates[-3]  # annealed by the end of the budget
+
+
+@pytest.mark.slow  # two more interpreters load everything
+def test_two_processes_average_their_gradients_and_one_of_them_writes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import dataclasses, pathlib, torch
+from sd_atoms.pocket.pretrain import loop, pretrain
+from sd_atoms.pocket.pretrain.settings import STAGES
+settings = dataclasses.replace(STAGES["vae"].settings, **{TINY["vae"]!r})
+STAGES["vae"] = dataclasses.replace(STAGES["vae"], settings=settings)
+work_dir = pathlib.Path({str(tmp_path)!r})
+pretrain("images", work_dir, picture_count=8)
+pretrain("vae", work_dir, max_steps=2)
+parameter = torch.nn.Parameter(torch.zeros(3))
+parameter.grad = torch.full((3,), float(loop.PartialState().process_index))
+loop.average_gradients([parameter])
+assert parameter.grad.tolist() == [0.5, 0.5, 0.5]
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    finished = subprocess.run(launch, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("vae: finished") == 1
+    assert json.loads((tmp_path / "finished" / "vae.json").read_text("utf-8"))["processes"] == 2
+    steps = [json.loads(line)["step"] for line in (tmp_path / "vae" / "log.jsonl").read_text("utf-8").splitlines()]
+    assert steps == [1, 2]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_almost_nothing():
@@ -241,8 +279,8 @@ def test_the_tokenizer_stage_makes_the_packaged_vocabulary_and_the_same_one_each
 
 
 def test_packaged_vae_reconstructs_held_out_pictures_as_its_manifest_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "TEST_PICTURES", 16)
-    settings = images.ImagesSettings(picture_count=1, held_out_count=16)
+    monkeypatch.setattr(vae, "TEST_PICTURES", 8)
+    settings = images.ImagesSettings(picture_count=1, held_out_count=8)
     images.run(tmp_path, settings, PartialState())
     model = AutoencoderKL.from_pretrained(packaged_path("pocket") / "vae").eval()
     manifest = json.loads((WEIGHTS_FOLDER / "manifest.json").read_text("utf-8"))

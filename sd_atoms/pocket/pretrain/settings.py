@@ -1,0 +1,117 @@
+"""The stages of pretraining in their order, what each needs, and their settings with the reason of each default."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesSettings:
+    picture_count: int = 24_000  # seven epochs of the UNet; 1.2 GB of pixels, a minute on two cores
+    held_out_count: int = 1_000  # enough for ten groups of a hundred in the retrieval test
+    first_seed: int = 0  # picture i is drawn from seed first_seed + i
+    first_held_out_seed: int = 5_000_000  # far beyond the training seeds, so that the two never meet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    caption_count: int = 30_000  # every caption word occurs hundreds of times and becomes a single token
+    largest_vocabulary: int = 1_536  # not reached: the captions run out of pairs to merge earlier
+    context_length: int = 77  # as in CLIP, so that code written for Stable Diffusion fits
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What the three training stages share.
+
+    Training ends when the seconds spent over all its resumes reach `budget_seconds`, or after exactly `max_steps`
+    where that is given; the learning rate follows a cosine over whichever applies, so that a run always ends annealed.
+    """
+
+    budget_seconds: float
+    max_steps: int | None = None
+    batch_size: int  # over all processes together
+    learning_rate: float  # the peak of the cosine
+    warm_up_share: float = 0.02
+    betas: tuple[float, float]
+    weight_decay: float
+    largest_gradient_norm: float = 1.0
+    seed: int = 0
+    log_every_steps: int
+    checkpoint_every_seconds: float = 180  # an interruption costs at most these
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSettings(TrainingSettings):
+    budget_seconds: float = 2_170  # 8000 steps on two cores; the held-out PSNR gains little after that
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    log_every_steps: int = 100
+    latent_channels: int = 4  # as in Stable Diffusion v1
+    channels: tuple[int, ...] = (16, 32, 64, 128)  # three halvings: f=8, as in Stable Diffusion
+    norm_groups: int = 8  # the narrowest level has 16 channels
+    crop_share: float = 0.84  # of the training is on crops; the rest, on whole pictures, teaches the long range
+    crop_px: int = 64  # a quarter of the cost of a whole picture
+    whole_picture_batch_size: int = 8  # whole pictures take four times the memory of crops
+    edge_weight: float = 0.5  # keeps windows and outlines from being smoothed away
+    kl_weight: float = 1e-4  # only bounds the latents; the scale is measured afterwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(TrainingSettings):
+    budget_seconds: float = 1_080
+    batch_size: int = 72
+    learning_rate: float = 1e-3
+    warm_up_share: float = 0.05  # a contrastive start is touchy
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.1  # as in CLIP, on matrices only
+    log_every_steps: int = 25
+    evaluate_every_steps: int = 400
+    width: int = 128  # of both towers and of the projection
+    layers: int = 4
+    heads: int = 4
+    patch_px: int = 16  # 64 patches a picture
+    text_attribute_weight: float = 0.5  # of naming attributes from a caption, which may leave some out
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetSettings(TrainingSettings):
+    budget_seconds: float = 3_450
+    batch_size: int = 32
+    learning_rate: float = 7e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-2
+    log_every_steps: int = 50
+    channels: tuple[int, ...] = (64, 128, 128)
+    layers_per_block: int = 1
+    attention_heads: int = 4
+    norm_groups: int = 16
+    captions_per_picture: int = 2  # stored; more would not fit beside the latents in a small machine's memory
+    empty_caption_share: float = 0.1  # for classifier-free guidance
+    min_snr_gamma: float = 5.0  # weights min(snr, gamma) / snr: converges in fewer steps than the plain loss
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleSettings:
+    storage_dtype: str = "float16"  # halves the files; the configs say float32, so everything computes in float32
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its settings and the stages that must be finished before it."""
+
+    settings: ImagesSettings | TokenizerSettings | TrainingSettings | AssembleSettings
+    needs: tuple[str, ...]
+
+
+STAGES: dict[str, Stage] = {
+    "images": Stage(ImagesSettings(), needs=()),
+    "tokenizer": Stage(TokenizerSettings(), needs=()),
+    "vae": Stage(VaeSettings(), needs=("images",)),
+    "clip": Stage(ClipSettings(), needs=("images", "tokenizer")),
+    "unet": Stage(UnetSettings(), needs=("images", "tokenizer", "vae", "clip")),
+    "assemble": Stage(AssembleSettings(), needs=("images", "tokenizer", "vae", "clip", "unet")),
+}
+TRAINING_STAGES = tuple(name for name, stage in STAGES.items() if isinstance(stage.settings, TrainingSettings))
