@@ -99,6 +99,7 @@ def draw(config: DrawConfig) -> Path:
             grid = picture_grid(rows, labels, [f"seed {seed}" for seed in seeds])
             grid.save(temporary, format="PNG")
         print(f"{len(requests) + len(base_requests)} pictures and grid.png are in {out}")
+    accelerator.end_training()
     return out
 
 

@@ -1,10 +1,16 @@
 """Setting a process up for work."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from sd_atoms.errors import UserError
+
+T = TypeVar("T")
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -27,3 +33,21 @@ def make_accelerator(**settings) -> Accelerator:
     accelerator = Accelerator(**settings)
     use_all_cores(accelerator)
     return accelerator
+
+
+def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
+    """The result of a look at the disk, taken by the main process for all, so that none sees what another writes.
+
+    Raises:
+        UserError: on every process, if `check` raised it.
+    """
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = check()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise UserError(problem)
+    return result

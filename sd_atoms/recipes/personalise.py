@@ -18,7 +18,7 @@ from sd_atoms.generation import Request, Sampling, generate, save_picture
 from sd_atoms.pipeline import open_base, save_atoms
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.pocket import packaged_path
-from sd_atoms.recipes.machine import make_accelerator
+from sd_atoms.recipes.machine import make_accelerator, on_main
 from sd_atoms.recipes.pictures import adapter_notes, draw_missing, read_pictures
 from sd_atoms.report.grid import Block, labelled_blocks, picture_grid
 from sd_atoms.training.config import TrainConfig
@@ -34,18 +34,18 @@ def personalise(config: TrainConfig) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
     """
     # Everything that can be wrong, before anything is written
-    check_output(config)
     run, name = Path(config.output_dir), concept_name(config)
-    photos = scan_folder(packaged_path(config.instance_data_dir) or config.instance_data_dir)
-    check_images(photos.paths)
-    templates = load_templates(config.prompts_file) if config.prompts_file else []
-    prompts_of(config)
-    scorer = ClipFeatures(config.clip_model_name_or_path) if config.clip_model_name_or_path else None
     accelerator = make_accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         logging_dir=run / CURVES if config.report_to == "tensorboard" else None,
     )
+    on_main(accelerator, lambda: check_output(config))
+    photos = scan_folder(packaged_path(config.instance_data_dir) or config.instance_data_dir)
+    check_images(photos.paths)
+    templates = load_templates(config.prompts_file) if config.prompts_file else []
+    prompts_of(config)
+    scorer = ClipFeatures(config.clip_model_name_or_path) if config.clip_model_name_or_path else None
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     set_seed(config.seed)
     pipe = open_base(
@@ -76,7 +76,6 @@ def personalise(config: TrainConfig) -> Path:
         run,
         lambda step: draw_validation(config, pipe, accelerator, sampling, run / IMAGES, step),
     )
-    accelerator.end_training()
 
     # Save
     about = describe(config, outcome, accelerator.num_processes)
@@ -108,6 +107,7 @@ def personalise(config: TrainConfig) -> Path:
             metrics["clip"] = score(scorer, originals, pictures, [request.prompt for request in sets["base-prompt"]])
         write_json(run / METRICS, metrics)
         print_summary(config, run / f"{name}.safetensors", metrics)
+    accelerator.end_training()
     return run
 
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from sd_atoms import __version__
 from sd_atoms.data.images import read_image
 from sd_atoms.errors import UserError
 from sd_atoms.generation import Request, Sampling, generate, picture_notes, save_picture
+from sd_atoms.recipes.machine import on_main
 
 
 def draw_missing(
@@ -36,20 +36,15 @@ def draw_missing(
     Raises:
         UserError: a file of that name exists and was made otherwise (prompt, seed, adapter, settings).
     """
-    missing, problem = [], None
-    if accelerator.is_main_process:
-        try:
-            missing = [
-                index
-                for index, request in enumerate(requests)
-                if overwrite or not _is_there(folder / f"{request.name}.png", _notes(request, sampling, notes))
-            ]
-        except UserError as error:
-            problem = str(error)
-    missing, problem = broadcast_object_list([missing, problem])
-    if problem:
-        raise UserError(problem)
-    for request, image in generate(pipe, [requests[index] for index in missing], sampling, accelerator):
+    missing = on_main(
+        accelerator,
+        lambda: [
+            request
+            for request in requests
+            if overwrite or not _is_there(folder / f"{request.name}.png", _notes(request, sampling, notes))
+        ],
+    )
+    for request, image in generate(pipe, missing, sampling, accelerator):
         save_picture(folder / f"{request.name}.png", image, _notes(request, sampling, notes))
 
 

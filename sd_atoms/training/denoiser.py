@@ -29,7 +29,13 @@ class TrainedRows(nn.Module):
         super().__init__()
         self.table = table
         self.register_buffer("row_ids", torch.tensor(row_ids), persistent=False)
-        self.rows = nn.Parameter(table.weight[row_ids].detach().float().clone())  # (r, d)
+        # after the table: libraries take the dtype of a model's first parameter for that of the model
+        self.trained = nn.ParameterList([table.weight[row_ids].detach().float().clone()])
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """(r, d), float32."""
+        return self.trained[0]
 
     @property
     def weight(self) -> torch.Tensor:

@@ -1,0 +1,84 @@
+"""Settings: one table of defaults behind flags and YAML, and every mistake at once."""
+
+import pytest
+
+from sd_atoms.errors import UserError
+from sd_atoms.settings import resolve, to_yaml
+from sd_atoms.training.config import TrainConfig
+
+NEEDED = dict(pretrained_model_name_or_path="pocket", instance_data_dir="photos", instance_prompt="a <c>")
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("m: 4\nlearning_rate: 5e-3\ntrain_batch_size: 2\n")
+    config = resolve(TrainConfig, NEEDED | {"m": "6"}, str(path))
+    assert (config.m, config.learning_rate, config.train_batch_size, config.seed) == (6, 5e-3, 2, 0)
+
+
+def test_the_written_settings_read_back_the_same(tmp_path):
+    config = resolve(
+        TrainConfig, NEEDED | {"placeholder_token": "<c>", "initializer_token": "castle", "overwrite": True}
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert resolve(TrainConfig, {}, str(tmp_path / "c.yaml")) == config
+
+
+def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rat: 1\nm: 0\nseed: 1.5\noverwrite: maybe\nsolver: qr\nlearning_rate: nan\nmethod: 3\n")
+    with pytest.raises(UserError) as caught:
+        resolve(TrainConfig, {}, str(path), ["--outptu_dir", "x"])
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in (
+        "11 problems",
+        "unknown flag --outptu_dir (did you mean output_dir?)",
+        "unknown key 'learning_rat' (did you mean learning_rate?)",
+        "m: 0 is out of range, 1 or more is allowed",
+        "seed: 1.5 is not a whole number",
+        "overwrite: 'maybe' is not true or false",
+        "solver: 'qr' is not one of svd",
+        "learning_rate: nan is out of range",
+        "method: 3 is a int, text is needed",
+        "pretrained_model_name_or_path is required",
+        "instance_data_dir is required",
+    ):
+        assert part in text, part
+
+
+def test_numbers_as_people_write_them():
+    for text, value in (("1e-2", 0.01), ("1", 1.0), (".5", 0.5)):
+        assert resolve(TrainConfig, NEEDED | {"learning_rate": text}).learning_rate == value
+    assert resolve(TrainConfig, NEEDED | {"num_train_epochs": None}).num_train_epochs is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "must hold `name: value` lines"),
+        ("\xff", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_files_that_hold_no_settings(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        resolve(TrainConfig, {}, str(path))
+
+
+def test_settings_that_do_not_go_together_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**NEEDED, placeholder_token="<castle>", prompts_file="p.txt")
+    assert "lacks the placeholder <castle>" in str(caught.value)
+    assert "initializer_token is required" in str(caught.value)
+    with pytest.raises(UserError, match="train_token_embedding needs a placeholder_token"):
+        TrainConfig(**NEEDED, train_token_embedding=True)
+
+
+@pytest.mark.parametrize("name", ["castle", "canal"])
+def test_the_packaged_configurations_are_valid(name):
+    assert resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").placeholder_token == f"<{name}>"
