@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
 
 TRAIN_DESCRIPTION = "Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."
@@ -120,4 +120,5 @@ def _say(text: str) -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    _say(f"warning: {message}")
+    if issubclass(category, AtomsWarning):
+        _say(f"warning: {message}")

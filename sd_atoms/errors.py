@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""What the user is told: errors to mend and warnings to weigh."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class AtomsWarning(UserWarning):
+    """Something the user should know although the job goes on; the command line shows these and no library's."""

@@ -220,7 +220,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
     one = write(tmp_path, "one.yaml", train_batch_size=2, num_instance_images=1, output_dir=str(tmp_path / "one"))
     assert train_main(["--config", one]) == 0
     two = write(tmp_path, "two.yaml", train_batch_size=1, num_instance_images=3, output_dir=str(tmp_path / "two"))
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
         [sys.executable, *command, "train_dreambooth_atoms.py", "--config", two],
         capture_output=True,
@@ -334,11 +334,11 @@ def test_files_beside_the_pictures_are_ignored_and_said_once(tmp_path, capsys):
         (folder / path.name).write_bytes(path.read_bytes())
     for name in (".DS_Store", "Thumbs.db", ".hidden.png", "1.txt"):
         (folder / name).write_text("x")
-    (folder / "sub").mkdir()
+    (folder / "nested_pictures").mkdir()
     config = write(tmp_path, instance_data_dir=str(folder), num_instance_images=1, max_train_steps=1)
     assert train_main(["--config", config]) == 0
     printed = capsys.readouterr().out
-    for name in (".DS_Store", "Thumbs.db", "1.txt", "sub"):
+    for name in (".DS_Store", "Thumbs.db", "1.txt", "nested_pictures"):
         assert printed.count(name) == 1
 
 

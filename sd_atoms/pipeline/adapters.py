@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.pipeline.artefact import Artefact, read_artefact, write_artefact
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
@@ -84,7 +84,7 @@ def load_atoms(
         UserError: the adapter cannot be read, the name is taken, or layers or shapes do not fit this base.
 
     Warns:
-        UserWarning: the base is another fine-tune of the same architecture; the message gives the distance.
+        AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance.
     """
     artefact = source if isinstance(source, Artefact) else read_artefact(source, revision)
     label = "adapter" if isinstance(source, Artefact) else str(source)
@@ -148,6 +148,7 @@ def _check_base(label: str, artefact: Artefact, weights: Mapping[str, torch.Tens
         warnings.warn(
             f"{label}: trained on {base}, whose weights differ from this pipeline's by about {apart:.1%}; "
             "expect a weaker likeness",
+            AtomsWarning,
             stacklevel=3,
         )
 

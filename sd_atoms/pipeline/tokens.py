@@ -61,7 +61,9 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor]) -> None:
         return
     trainable = embeddings.requires_grad
     pipe.tokenizer.add_tokens(list(new))
-    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    # a table may have more rows than the tokenizer has words; it never shrinks
+    size = max(len(pipe.tokenizer), len(embeddings))
+    pipe.text_encoder.resize_token_embeddings(size, mean_resizing=False)
     weight = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(trainable)
     with torch.no_grad():
         for token, row in new.items():

@@ -164,7 +164,7 @@ def train(
     with listening() as stop, bar, open(folder / LOG if main else os.devnull, "a", encoding="utf-8") as log:
         for step in range(first_step, total_steps):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * rate_factor(step)
+                group["lr"] = rate * rate_factor(step + 0.5)  # at a step's middle, so that none is taken at rate 0
             step_loss = torch.zeros((), device=accelerator.device)
             for micro_batch in range(config.gradient_accumulation_steps):
                 numbers = sample_numbers(

@@ -1,0 +1,1 @@
+"""What training, decomposing and convolving cost, measured on architectures with random weights."""

@@ -1,0 +1,77 @@
+"""Where a measurement was taken, and the clock and memory gauge it was taken with."""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sd_atoms.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_device(device: str) -> None:
+    """Raises a UserError when torch cannot use the device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA card; cpu is allowed")
+
+
+def machine_info(device: str, threads: int) -> dict:
+    """CPU name, cores, threads used, torch version, system, and the card's name on CUDA."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "threads": threads,
+        "device": device,
+        "card": torch.cuda.get_device_name() if device == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe(info: dict) -> str:
+    """One line about the machine, for the head of a table."""
+    return f"{info['card'] or info['cpu']}, {info['threads']} of {info['cores']} cores, torch {info['torch']}"
+
+
+def now_seconds(device: str) -> float:
+    """The clock, read once the device has finished what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(device: str) -> int:
+    """On CUDA the most memory that torch's tensors held; else the high-water mark of this process's resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # unlike ru_maxrss, which a child process starts with at its parent's size
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

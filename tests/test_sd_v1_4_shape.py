@@ -1,0 +1,67 @@
+"""The real sizes: a folder shaped like Stable Diffusion v1-4 with random weights, trained, saved, loaded and drawn."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sd_atoms.bench.architectures import unet_config
+from sd_atoms.cli import main, train_main
+from sd_atoms.pipeline import read_artefact
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, pocket):
+    """859.5 M UNet, 123 M text encoder, 83.7 M VAE; the pocket's tokenizer with CLIP's table of 49,408 rows."""
+    torch.manual_seed(0)
+    ids = {name: getattr(pocket.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **ids
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    pipe = StableDiffusionPipeline(
+        unet=UNet2DConditionModel.from_config(unet_config("sd-v1-4")),
+        text_encoder=CLIPTextModel(text),
+        vae=vae,
+        tokenizer=pocket.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("sd") / "sd-v1-4-shaped"
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_trains_saves_loads_and_generates_at_256_px(base, tmp_path):
+    words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", "pocket:castle"]
+    words += ["--instance_prompt", "photo of a <castle>.", "--placeholder_token", "<castle>"]
+    words += ["--initializer_token", "castle", "--train_token_embedding", "--resolution", "256"]
+    words += ["--train_batch_size", "1", "--max_train_steps", "2", "--num_instance_images", "1"]
+    words += ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "run")]
+    assert train_main(words) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["training"]["trained_numbers"] == 4212
+    assert metrics["training"]["trained_token_numbers"] == 768
+    file = tmp_path / "run" / "castle.safetensors"
+    artefact = read_artefact(file)
+    assert len(artefact.layers) == 52
+    assert file.stat().st_size - 4 * 768 <= 40_000
+    (tmp_path / "t.txt").write_text("photo of a {}.\n")
+    words = ["generate", "--adapter", str(file), "--prompts", str(tmp_path / "t.txt"), "--seeds", "0"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    ours, theirs = tmp_path / "run" / "images" / "instance-00.png", tmp_path / "out" / "prompt00-seed0.png"
+    assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
