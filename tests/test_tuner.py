@@ -28,7 +28,7 @@ CONVS = {
     "same, circular": lambda: nn.Conv2d(8, 6, (2, 4), padding="same", padding_mode="circular"),
     "valid": lambda: nn.Conv2d(8, 6, 3, padding="valid"),
 }
-FORMS = ["weight", "activation"]
+FORMS = ["weight", "activation", "split"]
 M = 3
 
 
@@ -105,7 +105,8 @@ def test_forms_agree_in_value_and_gradient(kind):
         model, x = adapted(kind, form), pictures().requires_grad_()
         model(x).square().sum().backward()
         outcomes.append((x.grad, layers(model)[0].atoms_delta["default"].grad))
-    for one, other in zip(*outcomes, strict=True):
+    for one, other, third in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, third, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -301,7 +302,7 @@ def test_a_named_set_means_the_layers_it_says():
         (dict(m=True), "m=True"),
         (dict(m=2.5), "m=2.5"),
         (dict(solver="qr"), "solver='qr': one of svd"),
-        (dict(form="fast"), "form='fast': one of auto, weight, activation"),
+        (dict(form="fast"), "form='fast': one of auto, weight, activation, split"),
         (dict(m=-1, form="fast"), "m=-1: .*; form='fast'"),
     ],
 )
