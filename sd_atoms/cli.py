@@ -85,10 +85,19 @@ def _settings(settings: type, words: list[str], program: str, description: str):
         "--config", metavar="FILE", help="YAML file of settings; flags of the command line win over it"
     )
     add_flags(parser, settings)
-    known, unknown = parser.parse_known_args(words)
+    known, unknown = parser.parse_known_args([_underscored(word) for word in words])
     flags = vars(known)
     path = flags.pop("config")
     return resolve(settings, flags, path, unknown), path
+
+
+def _underscored(word: str) -> str:
+    """--compare-base and --compare_base are the same flag; argparse writes the opposite of --x as --no-x."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = "--" + name[2:].replace("-", "_")
+    return name.replace("--no_", "--no-", 1) + equals + value
 
 
 def _delegate(command, words: list[str], program: str, description: str) -> None:

@@ -127,7 +127,7 @@ def test_pictures_of_a_new_process_equal_those_of_the_training_process(trained, 
 def test_generation_stops_and_continues_and_says_how_pictures_were_made(trained, tmp_path, capsys):
     (tmp_path / "t.txt").write_text(TEMPLATES)
     words = ["generate", "--adapter", str(trained / "adapter"), "--prompts", str(tmp_path / "t.txt")]
-    words += ["--seeds", "3,5", "--out", str(tmp_path / "o"), "--compare_base"]
+    words += ["--seeds", "3,5", "--out", str(tmp_path / "o"), "--compare-base"]
     assert main(words) == 0
     out = tmp_path / "o"
     assert len(list(out.glob("prompt*.png"))) == len(list(out.glob("base-prompt*.png"))) == 4
@@ -272,6 +272,7 @@ BAD = {
     "nothing to resume": (dict(resume_from_checkpoint="latest"), "holds no run to resume"),
     "output is a file": (dict(output_dir="{tmp}/plain.txt"), "plain.txt is a file"),
     "output holds files": (dict(output_dir="{tmp}/texts"), "holds files that are not a run"),
+    "half precision on a CPU": (dict(mixed_precision="fp16"), "mixed_precision: fp16 does not work here"),
     "no clip": (dict(clip_model_name_or_path="./nowhere"), "clip_model_name_or_path: './nowhere'"),
 }
 
@@ -340,6 +341,22 @@ def test_files_beside_the_pictures_are_ignored_and_said_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in (".DS_Store", "Thumbs.db", "1.txt", "nested_pictures"):
         assert printed.count(name) == 1
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "pickle", "missing"])
+def test_a_bad_adapter_is_one_line_and_exit_code_2(tmp_path, capsys, kind):
+    (tmp_path / "t.txt").write_text(TEMPLATES)
+    adapter = tmp_path / {"corrupt": "a.safetensors", "pickle": "a.bin", "missing": "none"}[kind]
+    if kind == "corrupt":
+        adapter.write_bytes(b"not tensors")
+    if kind == "pickle":
+        torch.save({}, adapter)
+    words = ["--adapter", str(adapter), "--prompts", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")]
+    assert main(["generate", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(adapter) in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_every_setting(capsys):

@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a value cannot be used, or the JSON file cannot be written.
     """
-    from sd_atoms.bench.machine import usable_cores
     from sd_atoms.files import write_json
+    from sd_atoms.machine import usable_cores
 
     threads = arguments.threads or usable_cores()
     if arguments.bench_command == "decompose":

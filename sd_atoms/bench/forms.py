@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from sd_atoms.atoms import FORMS, atoms_conv2d, pick_form
 from sd_atoms.bench.architectures import ConvCall, conv3x3_calls, unet_config
-from sd_atoms.bench.machine import DTYPES, check_device, describe, machine_info, now_seconds
+from sd_atoms.bench.machine import check_device, describe, machine_info, now_seconds
 from sd_atoms.bench.table import ratio_text, text_table
+from sd_atoms.pipeline.base import DTYPES
 
 FIXED_FORMS = tuple(form for form in FORMS if form != "auto")
 

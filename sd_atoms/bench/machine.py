@@ -1,6 +1,5 @@
 """Where a measurement was taken, and the clock and memory gauge it was taken with."""
 
-import os
 import platform
 import sys
 import time
@@ -9,15 +8,7 @@ from pathlib import Path
 import torch
 
 from sd_atoms.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from sd_atoms.machine import usable_cores
 
 
 def check_device(device: str) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from sd_atoms.errors import UserError
+from sd_atoms.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -19,18 +20,24 @@ def use_all_cores(accelerator: Accelerator) -> None:
     `accelerate launch` sets OMP_NUM_THREADS=1 for CPU runs, which would leave all cores but one idle.
     """
     if accelerator.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, cores // here))
+        torch.set_num_threads(max(1, usable_cores() // here))
 
 
 def make_accelerator(**settings) -> Accelerator:
-    """An Accelerator whose CPU threads are in use; `logging_dir` switches TensorBoard on."""
+    """An Accelerator whose CPU threads are in use; `logging_dir` switches TensorBoard on.
+
+    Raises:
+        UserError: the device cannot work in the precision asked for.
+    """
     logging_dir = settings.pop("logging_dir", None)
     if logging_dir is not None:
         project = ProjectConfiguration(project_dir=str(logging_dir), logging_dir=str(logging_dir))
         settings |= {"log_with": "tensorboard", "project_config": project}
-    accelerator = Accelerator(**settings)
+    try:
+        accelerator = Accelerator(**settings)
+    except ValueError as error:  # such as fp16 on a CPU
+        raise UserError(f"mixed_precision: {settings.get('mixed_precision')} does not work here ({error})") from error
     use_all_cores(accelerator)
     return accelerator
 
