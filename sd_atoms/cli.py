@@ -32,7 +32,7 @@ def _dispatch(words: list[str]) -> None:
 def _train(words: list[str], program: str) -> None:
     from sd_atoms.training.config import TrainConfig
 
-    config, path = _settings(TrainConfig, words, program, TRAIN_DESCRIPTION)
+    config = _settings(TrainConfig, words, program, TRAIN_DESCRIPTION)
     from sd_atoms.recipes.personalise import personalise
     from sd_atoms.training.interrupt import Interrupted
 
@@ -41,7 +41,7 @@ def _train(words: list[str], program: str) -> None:
     except Interrupted as stop:
         _say(
             f"\nStopped after step {stop.step}; the checkpoint is saved. To go on:\n"
-            f"  accelerate launch train_dreambooth_atoms.py --config {path or config.output_dir + '/config.yaml'} "
+            f"  accelerate launch train_dreambooth_atoms.py --config {config.output_dir}/config.yaml "
             "--resume_from_checkpoint latest"
         )
         raise SystemExit(128 + stop.signal_number) from None
@@ -50,7 +50,7 @@ def _train(words: list[str], program: str) -> None:
 def _generate(words: list[str], program: str) -> None:
     from sd_atoms.recipes.draw import DrawConfig
 
-    config, _ = _settings(DrawConfig, words, program, "Draws pictures from prompt templates with an adapter.")
+    config = _settings(DrawConfig, words, program, "Draws pictures from prompt templates with an adapter.")
     from sd_atoms.recipes.draw import draw
 
     draw(config)
@@ -79,7 +79,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
 
 
 def _settings(settings: type, words: list[str], program: str, description: str):
-    """Flags and the YAML file of --config as settings, and the path of that file."""
+    """Flags and the YAML file of --config as settings."""
     parser = Parser(prog=program, description=description)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings; flags of the command line win over it"
@@ -88,7 +88,7 @@ def _settings(settings: type, words: list[str], program: str, description: str):
     known, unknown = parser.parse_known_args([_underscored(word) for word in words])
     flags = vars(known)
     path = flags.pop("config")
-    return resolve(settings, flags, path, unknown), path
+    return resolve(settings, flags, path, unknown)
 
 
 def _underscored(word: str) -> str:

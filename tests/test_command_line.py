@@ -205,10 +205,11 @@ def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_
     process.send_signal(number)
     message = process.communicate()[1]
     assert process.returncode == 128 + number, message
-    assert "--resume_from_checkpoint latest" in message
+    assert f"--config {tmp_path / 'run'}/config.yaml --resume_from_checkpoint latest" in message
     assert "Traceback" not in message
     assert not (tmp_path / "run" / "adapter").exists()
-    assert train_main(["--config", stopped, "--resume_from_checkpoint", "latest"]) == 0
+    resolved = str(tmp_path / "run" / "config.yaml")
+    assert train_main(["--config", resolved, "--resume_from_checkpoint", "latest"]) == 0
     assert same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
     # and once more: a finished run goes on when it is made longer

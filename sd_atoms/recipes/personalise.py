@@ -61,7 +61,7 @@ def personalise(config: TrainConfig) -> Path:
 
     # Train
     if accelerator.is_main_process:
-        open_run(config, name, accelerator.num_processes)
+        open_run(config, accelerator.num_processes)
         for note in photos.ignored:
             print(f"Ignored in {config.instance_data_dir}: {note}")
     accelerator.wait_for_everyone()

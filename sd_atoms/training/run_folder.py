@@ -55,18 +55,19 @@ def check_output(config: TrainConfig) -> None:
             )
 
 
-def open_run(config: TrainConfig, name: str, processes: int) -> Path:
+def open_run(config: TrainConfig, processes: int) -> None:
     """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow."""
     folder = Path(config.output_dir)
     if not config.resume_from_checkpoint:
         for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES):
             shutil.rmtree(folder / entry, ignore_errors=True)
-        for entry in (LOG, METRICS, CONFIG, ENVIRONMENT, f"{name}.safetensors"):
-            (folder / entry).unlink(missing_ok=True)
+        for path in [folder / entry for entry in (LOG, METRICS, CONFIG, ENVIRONMENT)] + [
+            *folder.glob("*.safetensors")
+        ]:
+            path.unlink(missing_ok=True)
     saved = dataclasses.replace(config, overwrite=False, resume_from_checkpoint=None)
     write_text(folder / CONFIG, to_yaml(saved))
     write_json(folder / ENVIRONMENT, environment(processes))
-    return folder
 
 
 def environment(processes: int) -> dict:
