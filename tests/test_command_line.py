@@ -212,9 +212,11 @@ def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_
     assert train_main(["--config", resolved, "--resume_from_checkpoint", "latest"]) == 0
     assert same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
-    # and once more: a finished run goes on when it is made longer
+    # and once more: a finished run goes on when it is made longer, and its pictures are drawn anew
+    before = (tmp_path / "run" / "images" / "instance-00.png").read_bytes()
     assert train_main(["--config", stopped, "--resume_from_checkpoint", "latest", "--max_train_steps", "21"]) == 0
     assert not same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
+    assert (tmp_path / "run" / "images" / "instance-00.png").read_bytes() != before
 
 
 def test_two_processes_make_the_steps_of_one(tmp_path):

@@ -86,11 +86,12 @@ def personalise(config: TrainConfig) -> Path:
 
     # Draw
     sets = picture_sets(config, templates)
+    anew = config.resume_from_checkpoint is not None  # a run that went on draws otherwise than before
     notes = adapter_notes(f"{name}.safetensors", config.pretrained_model_name_or_path)
-    draw_missing(pipe, accelerator, sets["instance"] + sets["prompt"], sampling, run / IMAGES, notes)
+    draw_missing(pipe, accelerator, sets["instance"] + sets["prompt"], sampling, run / IMAGES, notes, anew)
     pipe.unet.disable_adapters()
     notes = adapter_notes("none", config.pretrained_model_name_or_path)
-    draw_missing(pipe, accelerator, sets["base-instance"] + sets["base-prompt"], sampling, run / IMAGES, notes)
+    draw_missing(pipe, accelerator, sets["base-instance"] + sets["base-prompt"], sampling, run / IMAGES, notes, anew)
     pipe.unet.enable_adapters()
 
     # Report

@@ -99,7 +99,6 @@ def train(
         config.seed,
     )
     token_ids = tokenize(pipe.tokenizer, prompts_of(config))
-
     if config.mixed_precision != "no":
         pipe.vae.to(dtype=pipe.unet.dtype)  # from here on it only decodes
 
@@ -220,16 +219,16 @@ def train(
                 accelerator.log({key: entry[key] for key in ("loss", "learning_rate", "grad_norm")}, step=step + 1)
             bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
             bar.update()
-            done, asked = (
-                step + 1,
-                accelerator.reduce(torch.tensor(stop.signal_number, device=accelerator.device), "sum"),
-            )
+            done = step + 1
+            # a signal may reach one process only; all stop after the same step
+            asked = int(accelerator.gather(torch.tensor([stop.signal_number], device=accelerator.device)).max())
             if done % config.checkpointing_steps == 0 or done == total_steps or asked:
                 saved = checkpoint(done)
             if asked:
-                raise Interrupted(done, saved, int(asked))
+                raise Interrupted(done, saved, asked)
             if config.validation_prompt and done % config.validation_steps == 0:
                 validate(done)
+
     # Hand the pipeline back as it was, plus what was learned
     if rows is not None:
         pipe.text_encoder.set_input_embeddings(rows.write_back())
