@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from sd_atoms.errors import UserError
-from sd_atoms.tuner import AtomsConfig
+from sd_atoms.tuner import AtomsConfig, add_weighted_adapter
 
 if TYPE_CHECKING:
     from sd_atoms.pipeline import load_atoms, save_atoms
 
 __version__ = "0.1.0"
-__all__ = ["AtomsConfig", "UserError", "load_atoms", "save_atoms"]
+__all__ = ["AtomsConfig", "UserError", "add_weighted_adapter", "load_atoms", "save_atoms"]
 
 
 def __getattr__(name: str):

@@ -56,6 +56,14 @@ def _generate(words: list[str], program: str) -> None:
     draw(config)
 
 
+def _inspect(words: list[str], program: str) -> None:
+    from sd_atoms.recipes import inspect_command
+
+    _delegate(
+        inspect_command, words, program, "Says what an adapter changes, layer by layer, or what a UNet has to adapt."
+    )
+
+
 def _bench(words: list[str], program: str) -> None:
     from sd_atoms.bench import command
 
@@ -73,6 +81,7 @@ def _pretrain_pocket(words: list[str], program: str) -> None:
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "train": _train,
     "generate": _generate,
+    "inspect": _inspect,
     "bench": _bench,
     "pretrain-pocket": _pretrain_pocket,
 }

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sd_atoms.bench import architectures, command, decompose, forms, step, worker
-from sd_atoms.bench.architectures import SD_V1_4, build_unet, conv3x3_calls
+from sd_atoms.bench.architectures import conv3x3_calls
 from sd_atoms.bench.methods import METHODS, attach
 from sd_atoms.errors import UserError
-from sd_atoms.tuner import AtomsConfig, conv_targets
+from sd_atoms.pipeline.architectures import SD_V1_4, build_unet, unet_config
+from sd_atoms.tuner import AtomsConfig, named_targets
 
 TINY = {
     **SD_V1_4,
@@ -75,7 +76,7 @@ def test_step_compares_methods_and_a_failing_one_fails_alone(bench, monkeypatch,
     assert list(entries) == ["naive", "floor", "lora-conv", "atoms"]
     assert entries["floor"]["seconds_to_floor"] == entries["floor"]["memory_to_floor"] == 1
     assert entries["atoms"]["seconds_to_floor"] > 0
-    assert entries["atoms"]["trainable_numbers"] == 81 * len(conv_targets(build_unet(TINY, "meta"), "conv3x3"))
+    assert entries["atoms"]["trainable_numbers"] == 81 * len(named_targets(build_unet(TINY, "meta"), "conv3x3"))
     assert "SIGKILL" in entries["naive"]["failure"]
     assert entries["lora-conv"]["failure"] == "RuntimeError: no memory left on the card"
     assert "lora-conv failed: RuntimeError: no memory left on the card" in printed
@@ -111,8 +112,8 @@ def test_naive_computes_what_atoms_compute():
 
 def test_sd_architecture_has_the_published_size(sd_unet):
     assert sum(parameter.numel() for parameter in sd_unet.parameters()) == 859_520_964
-    assert len(conv_targets(sd_unet, "conv3x3")) == 52
-    assert len(conv_targets(sd_unet, "conv")) == 98
+    assert len(named_targets(sd_unet, "conv3x3")) == 52
+    assert len(named_targets(sd_unet, "conv")) == 98
     assert sum(type(module) is nn.Linear for module in sd_unet.modules()) == 184
 
 
@@ -148,7 +149,7 @@ def test_decompose_covers_every_convolution(bench, tmp_path):
     file = tmp_path / "decompose.json"
     bench("decompose", "--rounds", "2", "--json", str(file))
     result = json.loads(file.read_text())
-    assert result["layers"] == len(conv_targets(build_unet(TINY, "meta"), "conv"))
+    assert result["layers"] == len(named_targets(build_unet(TINY, "meta"), "conv"))
     assert sum(result["layers_by_kernel"].values()) == result["layers"]
     assert set(result["layers_by_kernel"]) == {"1×1", "3×3"}
     assert result["largest_relative_error"]["error"] < 1e-5
@@ -159,7 +160,7 @@ def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
     file = tmp_path / "forms.json"
     printed = bench("forms", "--resolution", "32", "--rounds", "1", "--json", str(file))
     result = json.loads(file.read_text())
-    assert sum(layer["count"] for layer in result["layers"]) == len(conv_targets(build_unet(TINY, "meta"), "conv3x3"))
+    assert sum(layer["count"] for layer in result["layers"]) == len(named_targets(build_unet(TINY, "meta"), "conv3x3"))
     total = result["seconds_total"]
     assert total["best of each"] <= min(total["auto"], total["weight"], total["activation"])
     assert f"{total['floor']:.2f}" in printed
@@ -190,5 +191,5 @@ def test_bad_settings_are_refused_before_anything_runs(bench, words, message):
 
 
 def test_pocket_is_a_unet_of_its_own():
-    config = architectures.unet_config("pocket")
+    config = unet_config("pocket")
     assert sum(parameter.numel() for parameter in build_unet(config, "meta").parameters()) < 20e6

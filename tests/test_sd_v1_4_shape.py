@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sd_atoms.bench.architectures import unet_config
 from sd_atoms.cli import main, train_main
 from sd_atoms.pipeline import read_artefact
+from sd_atoms.pipeline.architectures import unet_config
 
 pytestmark = pytest.mark.slow
 

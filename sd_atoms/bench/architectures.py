@@ -1,6 +1,5 @@
-"""The UNets that are measured: their configs, instances with random weights, and the shapes of their convolutions."""
+"""What goes into the UNets that are measured, and the shapes of their convolutions."""
 
-import json
 from typing import NamedTuple
 
 import torch
@@ -8,31 +7,10 @@ from torch import nn
 
 from sd_atoms.atoms import ConvGeometry
 from sd_atoms.errors import UserError
+from sd_atoms.pipeline.architectures import build_unet
 
 LATENT_PX = 8  # pixels of the picture per latent position
 TEXT_TOKENS = 77
-
-SD_V1_4 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-
-ARCHITECTURES = ("sd-v1-4", "pocket")
 
 
 class ConvCall(NamedTuple):
@@ -47,39 +25,7 @@ class ConvCall(NamedTuple):
 
     @property
     def output_size(self) -> tuple[int, int]:
-        return self.geometry.output_size(*self.input_size, self.kernel)
-
-
-def unet_config(arch: str) -> dict:
-    """The config of a UNet2DConditionModel, for one of ARCHITECTURES.
-
-    Raises:
-        UserError: the architecture is unknown, or the pocket pipeline is not part of this installation.
-    """
-    if arch == "sd-v1-4":
-        return SD_V1_4
-    if arch != "pocket":
-        raise UserError(f"--arch {arch!r}: one of {', '.join(ARCHITECTURES)} is allowed")
-    from sd_atoms.pocket import packaged_path
-
-    path = packaged_path("pocket") / "unet" / "config.json"
-    if not path.is_file():
-        raise UserError(f"--arch pocket: {path} is missing from this installation; sd-v1-4 is allowed")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def build_unet(config: dict, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A UNet2DConditionModel with seeded random weights, in training mode; on device "meta" it has shapes only."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(seed)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # built as it is used: casting afterwards would raise the peak of memory
-    try:
-        with torch.device(device):
-            return UNet2DConditionModel.from_config(config).train()
-    finally:
-        torch.set_default_dtype(usual)
+        return self.geometry.output_size(self.input_size, self.kernel)
 
 
 def latent_size(resolution_px: int) -> int:

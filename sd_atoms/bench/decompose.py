@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sd_atoms.atoms import relative_error, svd_atoms, taps
-from sd_atoms.bench.architectures import build_unet, unet_config
+from sd_atoms.atoms import filter_rows, relative_error, svd_atoms, taps
 from sd_atoms.bench.machine import describe, machine_info
+from sd_atoms.pipeline.architectures import build_unet, unet_config
 
 MOST_ATOMS = 9
 
@@ -28,10 +28,10 @@ def bench_decompose(arch: str, rounds: int, threads: int) -> dict:
         for _ in range(rounds):
             for name, weight in weights.items():
                 start = time.perf_counter()
-                atoms = svd_atoms(weight, min(MOST_ATOMS, taps(weight)))
+                atoms = svd_atoms(filter_rows(weight), min(MOST_ATOMS, taps(weight)))
                 seconds[name].append(time.perf_counter() - start)
                 if name not in errors:
-                    errors[name] = relative_error(weight, atoms)
+                    errors[name] = relative_error(filter_rows(weight), atoms)
                 progress.update()
     totals = [sum(values) for values in zip(*seconds.values(), strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}

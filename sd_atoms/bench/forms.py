@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sd_atoms.atoms import FORMS, atoms_conv2d, pick_form
-from sd_atoms.bench.architectures import ConvCall, conv3x3_calls, unet_config
+from sd_atoms.atoms import FORMS, Term, atoms_layer, pick_form
+from sd_atoms.bench.architectures import ConvCall, conv3x3_calls
 from sd_atoms.bench.machine import check_device, describe, machine_info, now_seconds
 from sd_atoms.bench.table import ratio_text, text_table
+from sd_atoms.pipeline.architectures import unet_config
 from sd_atoms.pipeline.base import DTYPES
 
 FIXED_FORMS = tuple(form for form in FORMS if form != "auto")
@@ -44,9 +45,9 @@ def bench_forms(
                 "count": call.count,
                 "positions": positions,
                 "positions_per_channel": positions / call.out_channels,
-                "auto": pick_form(positions, call.out_channels, call.geometry.groups),
+                "auto": pick_form(positions, call.out_channels, call.geometry.groups, cpu=device == "cpu"),
                 # what auto falls back to beyond the reach of the activation form
-                "beyond_reach": pick_form(10**12, call.out_channels, call.geometry.groups),
+                "beyond_reach": pick_form(10**12, call.out_channels, call.geometry.groups, cpu=device == "cpu"),
                 "seconds": time_call(call, batch_size, rounds, device, DTYPES[dtype]),
             }
         )
@@ -87,7 +88,7 @@ def time_call(call: ConvCall, batch_size: int, rounds: int, device: str, dtype: 
             if contender == "floor":
                 y = F.conv2d(x, weight, bias, *call.geometry)
             else:
-                y = atoms_conv2d(x, weight, mixing, bias, call.geometry, contender)
+                y = atoms_layer(x, weight, [Term(None, mixing)], bias, call.geometry, contender)
             y.backward(grad)
             times.append(now_seconds(device) - start)
             x.grad = mixing.grad = None

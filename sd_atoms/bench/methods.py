@@ -5,7 +5,7 @@ from torch import nn
 
 from sd_atoms.atoms import filter_rows, svd_atoms
 from sd_atoms.errors import UserError
-from sd_atoms.tuner import AtomsConfig, conv_targets
+from sd_atoms.tuner import AtomsConfig, named_targets
 
 METHODS = {
     "floor": "nothing is trained; the gradient goes through the frozen network to its input",
@@ -42,17 +42,17 @@ def attach(unet: nn.Module, method: str) -> list[nn.Parameter]:
 
     unet.requires_grad_(False)
     if method == "naive":
-        for name in conv_targets(unet, "conv3x3"):
+        for name in named_targets(unet, "conv3x3"):
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, NaiveAtomsConv2d(unet.get_submodule(name)))
     elif method == "lora-attn":
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION))
     elif method == "lora-conv":
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=conv_targets(unet, "conv3x3")))
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=named_targets(unet, "conv3x3")))
     elif method == "loha-conv":
-        unet.add_adapter(LoHaConfig(r=4, alpha=4, target_modules=conv_targets(unet, "conv3x3")))
+        unet.add_adapter(LoHaConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
     elif method == "lokr-conv":
-        unet.add_adapter(LoKrConfig(r=4, alpha=4, target_modules=conv_targets(unet, "conv3x3")))
+        unet.add_adapter(LoKrConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
     elif method != "floor":
         form = method.removeprefix("atoms").removeprefix("-") or "auto"
         unet.add_adapter(AtomsConfig(m=9, target_modules="conv3x3", form=form))
@@ -65,7 +65,7 @@ class NaiveAtomsConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        atoms = svd_atoms(conv.weight, conv.kernel_size[0] * conv.kernel_size[1])
+        atoms = svd_atoms(filter_rows(conv.weight), conv.kernel_size[0] * conv.kernel_size[1])
         self.register_buffer("atoms", atoms)
         self.atoms_delta = nn.Parameter(torch.zeros_like(atoms))
 

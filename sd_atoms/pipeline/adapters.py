@@ -14,7 +14,7 @@ from sd_atoms.pipeline.artefact import Artefact, read_artefact, write_artefact
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, placeholder_rows
-from sd_atoms.tuner import AtomsLayer
+from sd_atoms.tuner import AtomsLayer, layer_plan, swap_adapter
 
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "peft")
 
@@ -65,23 +65,28 @@ def load_atoms(
     adapter_name: str = "default",
     *,
     revision: str | None = None,
+    hotswap: bool = False,
 ) -> Artefact:
     """Loads an adapter and its placeholder tokens into a pipeline, and makes it the active one.
 
-    Nothing is decomposed. Afterwards `pipe.set_adapters`, `disable_lora`, `delete_adapters`, `fuse_lora` work on it as
-    on any LoRA.
+    Orthonormal atoms are not decomposed again; the coefficients of sparse ones are encoded at first use. Afterwards
+    `pipe.set_adapters`, `disable_lora`, `delete_adapters`, `fuse_lora` work on it as on any LoRA.
 
     Args:
         pipe: any diffusers pipeline with a `unet` (and `tokenizer` and `text_encoder` if the adapter has tokens).
         source: a folder, one .safetensors file, a hub id, or an `Artefact` already read.
         adapter_name: the name it gets in the pipeline.
         revision: git revision of a hub id.
+        hotswap: write the numbers into the adapter of that name that is loaded, in place: nothing is added, moved or
+            compiled anew, and which adapters are active, and how strongly, stays. The new adapter may have fewer
+            layers and fewer atoms than the old. A placeholder token of both gets the new row.
 
     Returns:
         What was read: its `about` says what the adapter was trained on and how.
 
     Raises:
-        UserError: the adapter cannot be read, the name is taken, or layers or shapes do not fit this base.
+        UserError: the adapter cannot be read, the name is taken (with `hotswap`: is not, or the two adapters are of
+            different kinds), or layers or shapes do not fit this base.
 
     Warns:
         AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance.
@@ -90,11 +95,22 @@ def load_atoms(
     label = "adapter" if isinstance(source, Artefact) else str(source)
     if "." in adapter_name or not adapter_name:
         raise UserError(f"adapter_name: {adapter_name!r} must be a word without dots")
-    if adapter_name in getattr(pipe.unet, "peft_config", {}):
-        raise UserError(f"adapter_name: {adapter_name!r} is loaded already; choose another name or delete it first")
-    weights = _base_weights(pipe.unet, artefact.layers)
-    _check_layers(label, artefact, weights)
-    _check_base(label, artefact, weights)
+    loaded = adapter_name in getattr(pipe.unet, "peft_config", {})
+    if loaded and not hotswap:
+        raise UserError(
+            f"adapter_name: {adapter_name!r} is loaded already; choose another name, delete it first or hot-swap it"
+        )
+    if hotswap and not loaded:
+        raise UserError(f"adapter_name: {adapter_name!r} is not loaded, so nothing can be swapped in its place")
+    _check_layers(label, artefact, pipe.unet)
+    _check_base(label, artefact, _base_weights(pipe.unet, artefact.layers))
+    if hotswap:
+        try:
+            swap_adapter(pipe.unet, adapter_name, artefact.config, artefact.state)
+        except ValueError as error:
+            raise UserError(f"{label}: {error}") from error
+        add_placeholder_tokens(pipe, artefact.tokens, replace=True)
+        return artefact
     add_placeholder_tokens(pipe, artefact.tokens)
     with warnings.catch_warnings():  # PEFT wonders at a second adapter that diffusers adds
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
@@ -107,30 +123,33 @@ def load_atoms(
     return artefact
 
 
-def _base_weights(unet, layers: list[str]) -> dict[str, torch.Tensor | None]:
-    """layer -> its base weight, without adapters; None where the network has no such convolution."""
+def _base_weights(unet, layers: list[str]) -> dict[str, torch.Tensor]:
+    """layer -> its base weight, without adapters."""
     modules = dict(unet.named_modules())
-    weights = {}
-    for layer in layers:
-        module = modules.get(layer)
-        if isinstance(module, AtomsLayer):
-            weights[layer] = module.base_weight
-        else:
-            weights[layer] = module.weight if isinstance(module, torch.nn.Conv2d) else None
-    return weights
+    return {
+        layer: modules[layer].base_weight if isinstance(modules[layer], AtomsLayer) else modules[layer].weight
+        for layer in layers
+    }
 
 
-def _check_layers(label: str, artefact: Artefact, weights: Mapping[str, torch.Tensor | None]) -> None:
-    misfits = [
-        layer
-        for layer, weight in weights.items()
-        if weight is None
-        or weight[0, 0].numel() != artefact.state[f"{layer}.atoms_delta"].shape[1]
-        or artefact.state[f"{layer}.atoms_delta"].shape != artefact.state[f"{layer}.atoms_initial"].shape
-    ]
+def _check_layers(label: str, artefact: Artefact, unet) -> None:
+    modules, misfits = dict(unet.named_modules()), []
+    shapes = {layer: {} for layer in artefact.layers}
+    for key, value in artefact.state.items():
+        layer, _, part = key.rpartition(".")
+        shapes[layer][part] = tuple(value.shape)
+    for name, found in shapes.items():
+        try:
+            layer = modules[name]
+            layer = layer.get_base_layer() if isinstance(layer, AtomsLayer) else layer
+            expected = layer_plan(artefact.config, name, layer).shapes(layer, artefact.config.train_beta)
+        except (KeyError, ValueError):  # no such layer, or one that atoms do not take
+            expected = None
+        if found != expected:
+            misfits.append(name)
     if misfits:
         raise UserError(
-            f"{label}: made for another architecture, {len(misfits)} of its {len(weights)} layers do not fit this "
+            f"{label}: made for another architecture, {len(misfits)} of its {len(shapes)} layers do not fit this "
             f"base ({', '.join(misfits[:3])}{', …' if len(misfits) > 3 else ''})"
         )
 

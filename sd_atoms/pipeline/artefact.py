@@ -1,6 +1,7 @@
 """Adapter files: a folder as PEFT writes it, and the same as one safetensors file.
 
-One file:  atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), one pair per shape; token.<castle> (d,) per placeholder.
+One file:  atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and likewise the parts
+           that other modes have; token.<castle> (d,) per placeholder.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
            placeholder rows under their own names, as textual inversion files have them.
 The header entry "sd_atoms" of both is a JSON object: format, config, layers (by shape, in the order of the stacks),
@@ -33,16 +34,37 @@ CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
     "adapter_model.safetensors",
     "learned_embeds.safetensors",
 )
-CONFIG_KEYS = ("m", "solver", "form")
+CONFIG_KEYS = (
+    "m",
+    "m1",
+    "train_beta",
+    "kc",
+    "m_c",
+    "block_layers",
+    "solver",
+    "l1",
+    "seed",
+    "m_pattern",
+    "scale_pattern",
+    "form",
+)
 PEFT_PREFIX = "base_model.model."
-PARTS = ("atoms_delta", "atoms_initial")
+# what a layer may have, and the letter that its shape gets in the name of a stack
+PARTS = {
+    "atoms_delta": "",
+    "atoms_initial": None,  # its shape follows from the others'
+    "atoms_beta": "beta",
+    "atoms_block_delta": "block",
+    "atoms_block_initial": None,
+}
 
 
 @dataclass(frozen=True)
 class Artefact:
     """An adapter at rest.
 
-    config: settings of the tuner. state: "<layer>.atoms_delta" and "<layer>.atoms_initial" -> (m, K).
+    config: settings of the tuner. state: "<layer>.<part>" -> the numbers, parts as in `AtomsLayer`: atoms_delta and
+    atoms_initial (m, K), atoms_beta, atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     """
 
@@ -54,7 +76,7 @@ class Artefact:
     @property
     def layers(self) -> list[str]:
         """Names of the adapted layers, in the order of `state`."""
-        return [key.removesuffix(".atoms_delta") for key in self.state if key.endswith(".atoms_delta")]
+        return list(dict.fromkeys(key.rpartition(".")[0] for key in self.state))
 
     def digest(self) -> str:
         """Tells adapters apart: 16 hexadecimal digits of what they hold, the same for a folder and its file."""
@@ -75,7 +97,8 @@ def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = to
         tensors = {f"token.{token}": row for token, row in artefact.tokens.items()}
         for shape, layers in _layers_by_shape(artefact).items():
             for part in PARTS:
-                tensors[f"{part}.{shape}"] = torch.stack([artefact.state[f"{layer}.{part}"] for layer in layers])
+                if f"{layers[0]}.{part}" in artefact.state:
+                    tensors[f"{part}.{shape}"] = torch.stack([artefact.state[f"{layer}.{part}"] for layer in layers])
         _write_tensors(path, tensors, dtype, _header(artefact))
         return path
     header = _header(artefact)
@@ -114,7 +137,10 @@ def _read_file(path: Path) -> Artefact:
             for shape, layers in about["layers"].items()
             for index, layer in enumerate(layers)
             for part in PARTS
+            if f"{part}.{shape}" in tensors
         }
+        if set(about["layers"]) != {key.partition(".")[2] for key in tensors if key.partition(".")[0] in PARTS}:
+            raise KeyError("layers")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     config.target_modules = [layer for layers in about["layers"].values() for layer in layers]
@@ -146,7 +172,10 @@ def _read_folder(folder: Path) -> Artefact:
     tokens = _read_tensors(folder / TOKENS_FILE)[0] if (folder / TOKENS_FILE).exists() else {}
     artefact = Artefact(config, state, tokens, about or {})
     wrong = [k for k in state if k.rpartition(".")[2] not in PARTS] or [
-        f"{layer}.{part}" for layer in artefact.layers for part in PARTS if f"{layer}.{part}" not in state
+        f"{layer}.{initial}"
+        for layer in artefact.layers
+        for delta, initial in (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"))
+        if (f"{layer}.{delta}" in state) != (f"{layer}.{initial}" in state)
     ]
     if wrong or not artefact.layers:
         raise UserError(f"{weights}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or 'any atoms'}")
@@ -193,11 +222,15 @@ def _header(artefact: Artefact) -> dict[str, str]:
 
 
 def _layers_by_shape(artefact: Artefact) -> dict[str, list[str]]:
-    """ "9x9" (m x K) -> layers."""
+    """ "9x9" (m x K), "9x4x9-beta320x9x4", "block16x16" … -> layers."""
     groups = defaultdict(list)
     for layer in artefact.layers:
-        m, k = artefact.state[f"{layer}.atoms_delta"].shape
-        groups[f"{m}x{k}"].append(layer)
+        shapes = [
+            prefix + "x".join(map(str, artefact.state[f"{layer}.{part}"].shape))
+            for part, prefix in PARTS.items()
+            if prefix is not None and f"{layer}.{part}" in artefact.state
+        ]
+        groups["-".join(shapes)].append(layer)
     return dict(groups)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDTH = 4093  # prime, so that the pattern does not fall in step with any channel count
 SAME_BASE = 5e-3
@@ -18,6 +19,9 @@ SAME_BASE = 5e-3
 def fingerprint(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """(layers, 2) float32: |F| and <F, v>/|F| of each weight, v the same on every machine."""
     return torch.stack([_of_weight(weight) for weight in weights])
+
+
+_known = WeakTensorKeyDictionary()  # a base is marked once, not at every adapter that is swapped in
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -40,8 +44,15 @@ def from_text(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32).view(-1, 2)
 
 
-@torch.no_grad()
 def _of_weight(weight: torch.Tensor) -> torch.Tensor:
+    version = None if weight.is_inference() else weight._version
+    if weight not in _known or _known[weight][0] != version:
+        _known[weight] = version, _mark(weight)
+    return _known[weight][1]
+
+
+@torch.no_grad()
+def _mark(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().flatten().float()
     norm = flat.norm().double()
     if norm == 0:

@@ -34,7 +34,7 @@ def check_new_token(pipe, token: str) -> None:
         )
 
 
-def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor]) -> None:
+def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool = False) -> None:
     """Makes `pipe` know the tokens; all other rows stay bit for bit as they are.
 
     A token that the pipeline has already with the same row is passed over.
@@ -42,6 +42,7 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor]) -> None:
     Args:
         pipe: a pipeline with `tokenizer` and `text_encoder`.
         rows: token -> embedding row (d,).
+        replace: an added token that exists with another row gets the new one.
 
     Raises:
         UserError: a token exists with another row, or a row does not fit the text encoder.
@@ -54,7 +55,9 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor]) -> None:
             )
         if token in pipe.tokenizer.get_vocab():
             known = embeddings[pipe.tokenizer.convert_tokens_to_ids(token)].detach()
-            if not torch.equal(known.cpu(), row.to(known.dtype).cpu()):
+            if replace and token in pipe.tokenizer.get_added_vocab():
+                known.copy_(row)
+            elif not torch.equal(known.cpu(), row.to(known.dtype).cpu()):
                 raise UserError(f"token {token}: the pipeline has it already with another embedding")
     new = {token: row for token, row in rows.items() if token not in pipe.tokenizer.get_vocab()}
     if not new:

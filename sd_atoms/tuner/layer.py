@@ -1,91 +1,236 @@
-"""A convolution that carries atom adapters."""
+"""A convolution or Linear layer that carries atom adapters."""
 
 import warnings
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from sd_atoms.atoms import ConvGeometry, atoms_conv2d, mix_filters, svd_atoms, taps
+from sd_atoms.atoms import (
+    PLAIN,
+    ConvGeometry,
+    Term,
+    atoms_layer,
+    block_rows,
+    channel_change,
+    filter_rows,
+    filters_of,
+    initial_beta,
+    mixed_weight,
+    mixing_dtype,
+    sparse_atoms,
+    sparse_coefficients,
+    svd_atoms,
+)
 from sd_atoms.tuner.config import AtomsConfig
+from sd_atoms.tuner.plan import LayerPlan, in_channels
+
+RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 
 
-class AtomsLayer(BaseTunerLayer):
-    """What every adapted layer has: per adapter the initial atoms D and their change ΔD, both (m, K), and a scale."""
+class AtomsLayer(nn.Module, BaseTunerLayer):
+    """A layer with adapters; `AtomsConv` and `AtomsLinear` say how it is computed. Per adapter it has:
 
-    adapter_layer_names = ("atoms_delta",)
-    other_param_names = ("atoms_initial", "scaling", "form", "moved")
+    Trained: `atoms_delta`, ΔD (m, K), or ΔD1 (m, m1, K) of overcomplete atoms; `atoms_beta`, β (i, m, m1);
+    `atoms_block_delta`, (m_c·a·b, a·b·K) for blocks of a × b channels. Kept with them: `atoms_initial`, D (m, K), and
+    `atoms_block_initial`. Not saved: β that is not trained (`beta`), and sparse coefficients (`codes`), which are
+    rebuilt from the initial atoms when first needed.
+    """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    adapter_layer_names = ("atoms_delta", "atoms_beta", "atoms_block_delta")
+    other_param_names = (
+        "atoms_initial",
+        "atoms_block_initial",
+        "beta",
+        "codes",
+        "block_codes",
+        "codes_made_from",
+        "plan",
+        "l1",
+        "scaling",
+        "form",
+        "moved",
+    )
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: AtomsConfig, plan: LayerPlan, seed: int = 0
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
-        self.atoms_delta = nn.ParameterDict()  # ΔD, trained
-        self.atoms_initial = (
-            nn.ParameterDict()
-        )  # D, frozen; kept so that a file never depends on a solver run elsewhere
+        self.atoms_delta = nn.ParameterDict()
+        self.atoms_beta = nn.ParameterDict()
+        self.atoms_block_delta = nn.ParameterDict()
+        self.atoms_initial = nn.ParameterDict()
+        self.atoms_block_initial = nn.ParameterDict()
+        self.beta = BufferDict()
+        self.codes = BufferDict()
+        self.block_codes = BufferDict()
+        self.codes_made_from: dict[str, list[tuple[int, int]]] = {}
+        self.plan: dict[str, LayerPlan] = {}
+        self.l1: dict[str, float | None] = {}  # of the sparse solver; None for orthonormal atoms
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
-        self.moved: dict[str, bool] = {}  # False while ΔD is known to be zero
+        self.moved: dict[str, bool] = {}  # False while the change is known to be zero
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, plan, seed)
 
-    def update_layer(self, adapter_name: str, config: AtomsConfig) -> None:
-        """Adds an adapter of that name, or starts it anew: atoms from the base weight, ΔD = 0.
+    def update_layer(self, adapter_name: str, config: AtomsConfig, plan: LayerPlan, seed: int = 0) -> None:
+        """Adds an adapter of that name, or starts it anew: atoms from the base weight, no change.
 
         With `config.inference_mode` nothing is decomposed: the atoms are about to be loaded.
+
+        Args:
+            adapter_name: the adapter.
+            config: its settings.
+            plan: what they mean for this layer.
+            seed: what this layer draws from, if it draws.
         """
+        if adapter_name in self.plan:
+            self._forget(adapter_name)
         weight = self.base_weight
-        if config.inference_mode:
-            atoms = torch.zeros(config.m, taps(weight), device=weight.device)
-        else:
-            atoms = svd_atoms(weight, config.m).float()
-        self.atoms_initial[adapter_name] = nn.Parameter(atoms, requires_grad=False)
-        self.atoms_delta[adapter_name] = nn.Parameter(torch.zeros_like(atoms))
-        self.scaling[adapter_name] = 1.0
+        filters = filters_of(weight.detach())
+        new = dict(dtype=mixing_dtype(weight.dtype), device=weight.device)
+        self.plan[adapter_name] = plan
+        self.l1[adapter_name] = config.l1 if config.solver == "sparse" else None
+        shapes = plan.shapes(self.get_base_layer(), config.train_beta)
+        if plan.m:
+            self.atoms_initial[adapter_name] = self._atoms(filter_rows(filters), shapes["atoms_initial"], config, seed)
+            self.atoms_delta[adapter_name] = nn.Parameter(torch.zeros(shapes["atoms_delta"], **new))
+        if plan.m1:
+            beta = initial_beta(in_channels(self.get_base_layer()), plan.m, plan.m1, seed).to(**new)
+            if config.train_beta:
+                self.atoms_beta[adapter_name] = nn.Parameter(beta)
+            else:
+                self.beta[adapter_name] = beta
+        if plan.block:
+            shape = shapes["atoms_block_initial"]
+            rows = filters if config.inference_mode else block_rows(filters, plan.block).flatten(0, 1)
+            self.atoms_block_initial[adapter_name] = self._atoms(rows, shape, config, seed)
+            self.atoms_block_delta[adapter_name] = nn.Parameter(torch.zeros(shape, **new))
+        if not config.init_weights:
+            for change in (self.atoms_delta, self.atoms_block_delta):
+                if adapter_name in change:
+                    nn.init.normal_(change[adapter_name], std=RANDOM_START)
+        self.scaling[adapter_name] = plan.scale
         self.form[adapter_name] = config.form
-        self.moved[adapter_name] = False
+        self.moved[adapter_name] = not config.init_weights
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _forget(self, adapter_name: str) -> None:
+        for name in self.adapter_layer_names + self.other_param_names:
+            entries = getattr(self, name)
+            if adapter_name in entries:
+                del entries[adapter_name]
+
+    @staticmethod
+    def _atoms(rows: torch.Tensor, shape: tuple[int, int], config: AtomsConfig, seed: int) -> nn.Parameter:
+        """The initial atoms of rows (N, T), frozen; zeros of that shape where they are about to be loaded."""
+        if config.inference_mode:
+            atoms = torch.zeros(shape, dtype=mixing_dtype(rows.dtype), device=rows.device)
+        elif config.solver == "sparse":
+            atoms = sparse_atoms(rows, shape[0], config.l1, seed).atoms
+        else:
+            atoms = svd_atoms(rows, shape[0])
+        return nn.Parameter(atoms, requires_grad=False)
 
     @property
     def base_weight(self) -> torch.Tensor:
         """The weight without any adapter, also while adapters are merged."""
         return self.get_base_layer().weight if self._original_weight is None else self._original_weight
 
-    def mixing(self, adapter_names: list[str]) -> torch.Tensor:
-        """A = I + Σ scale·Dᵀ·ΔD over the adapters that this layer has, (K, K), float32."""
-        device_type = self.base_weight.device.type
-        with torch.autocast(device_type, enabled=False):  # autocast would round ΔD to half precision
-            present = [name for name in adapter_names if name in self.atoms_delta]
-            k = taps(self.base_weight)
-            mixing = torch.eye(k, device=self.base_weight.device)
-            for name in present:
-                # (K, m) @ (m, K) -> (K, K)
-                change = self.atoms_initial[name].float().T @ self.atoms_delta[name].float()
-                mixing = mixing + self.scaling[name] * change
-        return mixing
+    @property
+    def groups(self) -> int:
+        """Groups of the layer; 1 for Linear."""
+        return getattr(self.get_base_layer(), "groups", 1)
+
+    def change_terms(self, adapter: str) -> list[Term]:
+        """What an adapter adds to the weight, scale included, as terms Q·M; in float32 at least.
+
+        The change of an adapter is C·ΔD. With orthonormal atoms C = F·Dᵀ, so M = scale·Dᵀ·ΔD over the filters
+        themselves; with sparse ones Q = C and M = scale·ΔD.
+        """
+        plan, scale = self.plan[adapter], self.scaling[adapter]
+        dtype = mixing_dtype(self.base_weight.dtype)
+        terms = []
+        with torch.autocast(self.base_weight.device.type, enabled=False):  # it would round ΔD to half precision
+            if plan.m:
+                change = self.atoms_delta[adapter].to(dtype)
+                if plan.m1:
+                    beta = self.atoms_beta if adapter in self.atoms_beta else self.beta
+                    change = channel_change(beta[adapter].to(dtype), change)  # (i, m, K)
+                terms.append(self._term(adapter, change * scale, self.atoms_initial, self.codes, None))
+            if plan.block:
+                change = self.atoms_block_delta[adapter].to(dtype) * scale
+                terms.append(self._term(adapter, change, self.atoms_block_initial, self.block_codes, plan.block))
+        return terms
+
+    def _term(self, adapter, change, initial, codes, block) -> Term:
+        if self.l1[adapter] is None:
+            # (K, m) @ (m, K) -> (K, K), or (i, m, K) -> (i, K, K)
+            return Term(None, initial[adapter].to(change.dtype).T @ change, block)
+        self._rebuild_codes(adapter)
+        return Term(codes[adapter], change, block)
+
+    @torch.no_grad()
+    def _rebuild_codes(self, adapter: str) -> None:
+        """Encodes the filters by the initial atoms, unless that has been done for these very atoms."""
+        sources = [atoms[adapter] for atoms in (self.atoms_initial, self.atoms_block_initial) if adapter in atoms]
+        if torch.compiler.is_compiling() and adapter in self.codes_made_from:
+            return
+        made_from = [(id(atoms), 0 if atoms.is_inference() else atoms._version) for atoms in sources]
+        if self.codes_made_from.get(adapter) == made_from:
+            return
+        plan, filters = self.plan[adapter], filters_of(self.base_weight.detach())
+        for atoms, codes, block in (
+            (self.atoms_initial, self.codes, (1, 1)),
+            (self.atoms_block_initial, self.block_codes, plan.block),
+        ):
+            if adapter in atoms:
+                rows = block_rows(filters, block)
+                made = sparse_coefficients(rows.flatten(0, 1), atoms[adapter], self.l1[adapter])
+                codes[adapter] = made.view(*rows.shape[:2], -1)
+        self.codes_made_from[adapter] = made_from
+
+    def terms(self, adapters: list[str]) -> list[Term]:
+        """The effective weight: F·(I + ΣM) over the adapters with orthonormal atoms, and what the others add."""
+        mixing, others = None, []
+        for term in (term for name in adapters for term in self.change_terms(name)):
+            if term.codes is None and term.block is None:
+                mixing = term.mixing if mixing is None else mixing + term.mixing
+            else:
+                others.append(term)
+        if mixing is None:
+            return [PLAIN, *others]
+        identity = torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
+        return [Term(None, identity + mixing), *others]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """scale·C·ΔD = scale·F·Dᵀ·ΔD in the shape and dtype of the base weight F: what the adapter adds to it."""
-        change = self.atoms_initial[adapter].float().T @ self.atoms_delta[adapter].float()
-        return mix_filters(self.base_weight, self.scaling[adapter] * change)
+        """scale·C·ΔD in the shape and dtype of the base weight: what the adapter adds to it."""
+        return mixed_weight(self.base_weight.detach(), self.change_terms(adapter), self.groups)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapters into the base weight: F becomes F·A, taken in float32 and rounded once.
+        """Puts the adapters into the base weight, taken in float32 and rounded once.
 
         The original weight is kept until `unmerge`, so that it comes back bit for bit.
 
         Raises:
             ValueError: with `safe_merge`, when the merged weight is not finite; the weight is then left as it was.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.atoms_delta]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plan]
         if not names:
             return
-        with torch.no_grad():
-            merged = mix_filters(self.base_weight.data, self.mixing(self.merged_adapters + names))
+        terms = self.terms(self.merged_adapters + names)
+        merged = mixed_weight(self.base_weight.detach(), terms, self.groups)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"the merged weight is not finite; adapters {', '.join(names)} seem to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (not finite)"
+            )
         if self._original_weight is None:
             self._original_weight = self.get_base_layer().weight.data
         self.get_base_layer().weight.data = merged
@@ -102,9 +247,9 @@ class AtomsLayer(BaseTunerLayer):
         self.merged_adapters.clear()
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of one adapter; an adapter that this layer lacks is passed over, as PEFT does."""
+        """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
         if adapter in self.scaling:
-            self.scaling[adapter] = float(scale)
+            self.scaling[adapter] = float(scale) * self.plan[adapter].scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
@@ -113,68 +258,84 @@ class AtomsLayer(BaseTunerLayer):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to strength 1."""
+        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+                self.scaling[name] = self.plan[name].scale if scale is None else self.scaling[name] / scale
 
-    def _any_moved(self, adapter_names: list[str]) -> bool:
-        """Whether any ΔD differs from zero. Looked up on the device only until it is first seen to be so."""
+    def _any_moved(self, adapters: list[str]) -> bool:
+        """Whether any change differs from zero. Looked up on the device only until it is first seen to be so."""
         if torch.compiler.is_compiling():
             return True  # a look-up would break the graph
-        for name in adapter_names:
+        for name in adapters:
             if not self.moved[name]:
-                self.moved[name] = bool(self.atoms_delta[name].detach().any())
-        return any(self.moved[name] for name in adapter_names)
+                changes = (self.atoms_delta, self.atoms_block_delta)
+                self.moved[name] = any(bool(change[name].detach().any()) for change in changes if name in change)
+        return any(self.moved[name] for name in adapters)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None) -> None:
-        # PEFT would also cast to the base's dtype; atoms stay float32 whatever the base is
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would also cast to the base's dtype; atoms stay float32 at least, whatever the base is
         device = self.base_weight.device if device is None else device
-        for parameters in (self.atoms_delta, self.atoms_initial):
-            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
-                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
-
-
-class AtomsConv2d(nn.Module, AtomsLayer):
-    """Conv2d with atom adapters, right under stride, dilation, groups, any kernel shape and any padding mode."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AtomsConfig) -> None:
-        super().__init__()
-        AtomsLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        for entries in (self.atoms_delta, self.atoms_beta, self.atoms_block_delta, self.atoms_initial,
+                        self.atoms_block_initial, self.beta):  # fmt: skip
+            if adapter_name in entries and entries[adapter_name].device.type != "meta":
+                entries[adapter_name].data = entries[adapter_name].data.to(device)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """(N, i, H, W) -> (N, o, H', W')."""
+        """The layer with its active adapters; shapes as of the layer."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.atoms_delta]
+        active = [name for name in self.active_adapters if name in self.plan]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         moved = self._any_moved(active)
         if not moved and not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        conv = self.get_base_layer()
-        weight, bias = conv.weight, conv.bias
+        layer = self.get_base_layer()
+        weight, bias = layer.weight, layer.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        x, padding = _pad(x, conv)
-        geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
-        return atoms_conv2d(x, weight, self.mixing(active), bias, geometry, self.form[active[0]], not moved)
+        return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], not moved)
+
+    def _adapted(self, x, weight, bias, terms, form, unmoved) -> torch.Tensor:
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return "atoms." + super().__repr__()
 
 
-def _pad(x: torch.Tensor, conv: nn.Conv2d) -> tuple[torch.Tensor, tuple[int, int]]:
+class AtomsLinear(AtomsLayer):
+    """Linear with atom adapters: (…, i) -> (…, o)."""
+
+    def _adapted(self, x, weight, bias, terms, form, unmoved):
+        return atoms_layer(x, weight, terms, bias, None, form, unmoved)
+
+
+class AtomsConv(AtomsLayer):
+    """Conv1d, Conv2d or Conv3d with atom adapters: (N, i, *S) -> (N, o, *S'), or without N.
+
+    Right under stride, dilation, groups, any kernel shape and any padding mode.
+    """
+
+    def _adapted(self, x, weight, bias, terms, form, unmoved):
+        conv = self.get_base_layer()
+        single = x.dim() == weight.dim() - 1
+        x, padding = _pad(x.unsqueeze(0) if single else x, conv)
+        geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
+        y = atoms_layer(x, weight, terms, bias, geometry, form, unmoved)
+        return y.squeeze(0) if single else y
+
+
+def _pad(x: torch.Tensor, conv: nn.Module) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Pads x where a plain convolution cannot (other modes than zeros, uneven 'same'); returns x and what is left."""
+    nothing = (0,) * (x.dim() - 2)
     if conv.padding == "valid":
-        return x, (0, 0)
-    sides = conv._reversed_padding_repeated_twice  # left, right, top, bottom
+        return x, nothing
+    sides = conv._reversed_padding_repeated_twice  # before and after, last axis first
     if conv.padding_mode != "zeros":
-        return F.pad(x, sides, mode=conv.padding_mode), (0, 0)
-    left, right, top, bottom = sides
-    if (left, top) != (right, bottom):
-        return F.pad(x, sides), (0, 0)
-    return x, (top, left)
+        return F.pad(x, sides, mode=conv.padding_mode), nothing
+    before, after = sides[::2], sides[1::2]
+    if before != after:
+        return F.pad(x, sides), nothing
+    return x, tuple(before[::-1])

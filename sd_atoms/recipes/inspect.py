@@ -1,0 +1,384 @@
+"""What an adapter changes, and what a UNet has to adapt: the job of `sd-atoms inspect`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
+from sd_atoms.errors import UserError
+from sd_atoms.pipeline import Artefact, load_atoms, open_base, read_artefact
+from sd_atoms.pipeline.architectures import build_unet, unet_config
+from sd_atoms.pipeline.artefact import CONFIG_KEYS
+from sd_atoms.pipeline.base import resolve_source
+from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
+from sd_atoms.pocket import packaged_path
+from sd_atoms.report.atoms import Change, atoms_figure
+from sd_atoms.report.table import text_table
+from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
+
+MOVED_SHOWN = 3
+STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
+TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta")
+# what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
+USUAL = dict(m=9, kc=4)
+# and the 3×3 convolutions by the settings of arXiv 2403.00269
+SETTINGS = {
+    "m=6": dict(m=6),
+    "m=9": dict(m=9),
+    "m=12, sparse": dict(m=12, solver="sparse"),
+    "m=9, m1=3": dict(m=9, m1=3),
+    "m=9, m1=4": dict(m=9, m1=4),
+    "blocks kc=4, m_c=9": dict(m=0, kc=4, m_c=9, block_layers="all"),
+    "blocks kc=2, m_c=9": dict(m=0, kc=2, block_layers="all"),
+}
+
+
+def inspect_architecture(arch: str) -> dict[str, Any]:
+    """Counts layers, weights and what adapters would train in a UNet, without any weight in memory.
+
+    Args:
+        arch: one of `sd_atoms.pipeline.architectures.ARCHITECTURES`.
+
+    Returns:
+        `parameters` of the UNet; `target_sets`, each with its layers by `kinds`, `weights` and `trained_numbers`;
+        `settings` of the 3×3 convolutions with the `trained_numbers`, and with those `beta_frozen` or None.
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    unet = build_unet(unet_config(arch), "meta")
+    modules = dict(unet.named_modules())
+    sets = []
+    for target_set in TARGET_SETS:
+        names = named_targets(unet, target_set)
+        kinds = [_kind(modules[name].weight) for name in names]
+        sets.append(
+            {
+                "target_set": target_set,
+                "layers": len(names),
+                "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+                "weights": sum(modules[name].weight.numel() for name in names),
+                "trained_numbers": trained_numbers(modules, names, AtomsConfig(**USUAL)),
+            }
+        )
+    convolutions = named_targets(unet, "conv3x3")
+    settings = []
+    for label, values in SETTINGS.items():
+        frozen = AtomsConfig(**values, train_beta=False)
+        settings.append(
+            {
+                "setting": label,
+                "config": values,
+                "trained_numbers": trained_numbers(modules, convolutions, AtomsConfig(**values)),
+                "beta_frozen": trained_numbers(modules, convolutions, frozen) if frozen.m1 else None,
+            }
+        )
+    return {
+        "arch": arch,
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "target_sets": sets,
+        "settings": settings,
+    }
+
+
+def trained_numbers(modules: Mapping[str, nn.Module], names: Sequence[str], config: AtomsConfig) -> int:
+    """How many numbers an adapter of that config trains in the layers of those names."""
+    return sum(
+        layer_plan(config, name, modules[name]).trained_numbers(modules[name], config.train_beta) for name in names
+    )
+
+
+def architecture_text(result: Mapping[str, Any]) -> str:
+    """The result of `inspect_architecture` as two tables."""
+    kinds = list(dict.fromkeys(kind for entry in result["target_sets"] for kind in entry["kinds"]))
+    sets = [
+        [
+            entry["target_set"],
+            str(entry["layers"]),
+            *(str(entry["kinds"].get(kind, "-")) for kind in kinds),
+            f"{entry['weights'] / 1e6:.1f} M",
+            f"{entry['trained_numbers']:,}",
+        ]
+        for entry in result["target_sets"]
+    ]
+    settings = [
+        [
+            entry["setting"],
+            f"{entry['trained_numbers']:,}",
+            f"{entry['trained_numbers'] / result['parameters']:.4%}",
+            "-" if entry["beta_frozen"] is None else f"{entry['beta_frozen']:,}",
+        ]
+        for entry in result["settings"]
+    ]
+    return "\n".join(
+        [
+            f"{result['arch']}: a UNet of {result['parameters'] / 1e6:.1f} M parameters",
+            "",
+            "Target sets. Trained: 9 atoms where filters have several taps (81 numbers for 3×3), block atoms of 4×4",
+            "channels where they have one (256).",
+            text_table(["target_modules", "layers", *kinds, "weights", "trained"], sets),
+            "",
+            "Settings of the paper (arXiv 2403.00269), on conv3x3.",
+            text_table(["setting", "trained", "of the UNet", "with β frozen"], settings),
+        ]
+    )
+
+
+@torch.no_grad()
+def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
+    """Measures what an adapter changes in every layer, in float32 on the CPU, at full strength.
+
+    Args:
+        adapter: a folder, one .safetensors file, or a hub id.
+        base: what it is measured on; None takes the base that the adapter's header names.
+
+    Returns:
+        What the header says; `relative_change` |ΔF|/|F| over all adapted layers; `blocks` of the UNet; `layers` from
+        input to output. Of a layer: `relative_change`, `energy` |ΔF|² and its `share` of all, `gain_zero` and
+        `gain_pi` (see `frequency_gain`; None with one tap, or where the base has no response), `condition` (None
+        unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom (`atom_changes`, `block_atom_changes`),
+        and the numbers of its `atoms` and their change where all input channels share them.
+
+    Raises:
+        UserError: adapter or base cannot be opened, they do not fit, or the adapter's numbers are not finite.
+    """
+    artefact = read_artefact(adapter)
+    broken = [key for key, value in artefact.state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{adapter}: broken, {len(broken)} of its tensors are not finite ({broken[0]} first)")
+    about = artefact.about
+    base = base or about.get("base")
+    if base is None:
+        raise UserError(f"--base is required: {adapter} does not name its base")
+    if packaged_path(base) is None:
+        resolve_source(base, "base")
+    pipe = open_base(base)
+    load_atoms(pipe, artefact)
+    modules = {name: module for name, module in pipe.unet.named_modules() if isinstance(module, AtomsLayer)}
+    modules = dict(sorted(modules.items(), key=lambda item: STAGES.get(item[0].split(".")[0], 0)))
+    layers = [
+        _measure(name, layer) for name, layer in tqdm(modules.items(), unit="layer", desc="measuring", disable=None)
+    ]
+    total = sum(layer["energy"] for layer in layers)
+    for layer in layers:
+        layer["share"] = layer["energy"] / total if total else 0.0
+    blocks = {layer["block"]: [other for other in layers if other["block"] == layer["block"]] for layer in layers}
+    apart = None
+    if "fingerprint" in about:
+        ours = fingerprint([modules[name].base_weight for name in sorted(modules)])
+        apart = distance(ours, from_text(about["fingerprint"]))
+    return {
+        "adapter": adapter,
+        "bytes": _size(adapter),
+        "base": base,
+        "distance_to_base": apart,
+        "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
+        "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
+        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
+        "mode": _mode(artefact),
+        "trained_numbers": sum(
+            value.numel() for key, value in artefact.state.items() if key.rpartition(".")[2] in TRAINED_PARTS
+        ),
+        "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
+        "relative_change": _relative(layers),
+        "blocks": [
+            {
+                "block": block,
+                "layers": len(members),
+                "relative_change": _relative(members),
+                "share": sum(layer["share"] for layer in members),
+            }
+            for block, members in blocks.items()
+        ],
+        "layers": layers,
+    }
+
+
+def adapter_text(result: Mapping[str, Any], top: int = 0) -> str:
+    """The result of `inspect_adapter` as text, with the `top` layers that changed most; 0 shows all."""
+    shown = _strongest(result["layers"], top or len(result["layers"]))
+    rows = [
+        [
+            layer["layer"],
+            layer["kind"],
+            f"{layer['relative_change']:.2%}",
+            f"{layer['share']:.1%}",
+            *(_decimal(layer[key]) for key in ("gain_zero", "gain_pi", "condition")),
+            _moved_text(layer),
+        ]
+        for layer in shown
+    ]
+    blocks = [
+        [block["block"], str(block["layers"]), f"{block['relative_change']:.2%}", f"{block['share']:.1%}"]
+        for block in result["blocks"]
+    ]
+    share = sum(layer["share"] for layer in shown)
+    if len(shown) == len(result["layers"]):
+        title = f"All {len(shown)} layers, from input to output"
+    else:
+        title = (
+            f"The {len(shown)} of {len(result['layers'])} layers that changed most ({share:.0%} of the energy), from "
+            "input to output; --top 0 shows all"
+        )
+    any_blocks = any(layer["block_atom_changes"] for layer in shown)
+    header = ["layer", "kind", "|ΔF|/|F|", "energy", "gain at 0", "at π", "cond", "atoms moved most: |ΔD|"]
+    return "\n".join(
+        [
+            *_facts(result),
+            "",
+            title,
+            text_table(header, rows, left=(0, 1, 7)),
+            "",
+            "Blocks of the UNet",
+            text_table(["block", "layers", "|ΔF|/|F|", "energy"], blocks),
+            "",
+            "energy: share of |ΔF|² over all layers. gain: response of the adapted filters over that of the base, to a",
+            "flat input (0) and to a checkerboard (π). cond: condition number of A in F·A, the matrix that mixes the",
+            "taps; a large one means that detail of the filters is lost."
+            + (" b12: block atom 12." if any_blocks else ""),
+        ]
+    )
+
+
+def draw_adapter(result: Mapping[str, Any]):
+    """The result of `inspect_adapter` as a matplotlib figure."""
+    changes = [
+        Change(
+            layer["layer"],
+            layer["block"],
+            layer["share"],
+            layer["relative_change"],
+            tuple(layer["kernel"]),
+            layer["atoms"],
+            layer["atoms_change"],
+        )
+        for layer in result["layers"]
+    ]
+    name = Path(result["adapter"]).name or result["adapter"]
+    return atoms_figure(changes, f"{name} on {result['base']}: |ΔF|/|F| = {result['relative_change']:.2%}")
+
+
+def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str, Any]:
+    weight = layer.base_weight.detach()
+    change = layer.get_delta_weight(adapter)
+    terms = layer.change_terms(adapter)
+    kernel = tuple(weight.shape[2:])
+    spatial = math.prod(kernel) > 1
+    one_matrix = len(terms) == 1 and terms[0].codes is None and not terms[0].block and not terms[0].per_channel
+    entry = {
+        "layer": name,
+        "block": _block(name),
+        "kind": _kind(weight),
+        "shape": list(weight.shape),
+        "kernel": list(kernel),
+        "base_energy": energy(weight),
+        "energy": energy(change),
+        "relative_change": relative_change(weight, change),
+        "gain_zero": frequency_gain(weight, change, 0.0) if spatial else None,
+        "gain_pi": frequency_gain(weight, change, math.pi) if spatial else None,
+        "condition": condition(terms[0].mixing) if one_matrix and spatial else None,
+        "atom_changes": [],
+        "block_atom_changes": [],
+        "atoms": None,
+        "atoms_change": None,
+    }
+    strength = layer.scaling[adapter]
+    if adapter in layer.atoms_delta:
+        delta = layer.atoms_delta[adapter] * strength
+        entry["atom_changes"] = atom_changes(delta).tolist()
+        if not layer.plan[adapter].m1:
+            entry["atoms"], entry["atoms_change"] = layer.atoms_initial[adapter].tolist(), delta.tolist()
+    if adapter in layer.atoms_block_delta:
+        entry["block_atom_changes"] = atom_changes(layer.atoms_block_delta[adapter] * strength).tolist()
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+
+
+def _relative(layers: Sequence[Mapping[str, Any]]) -> float:
+    return root_ratio(sum(layer["energy"] for layer in layers), sum(layer["base_energy"] for layer in layers), 0.0)
+
+
+def _strongest(layers: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Those with most energy, in their order."""
+    chosen = sorted(range(len(layers)), key=lambda index: -layers[index]["energy"])[:count]
+    return [layers[index] for index in sorted(chosen)]
+
+
+def _kind(weight: torch.Tensor) -> str:
+    return "×".join(map(str, weight.shape[2:])) or "Linear"
+
+
+def _block(name: str) -> str:
+    """The part of the UNet that a layer is in: conv_in, down_blocks.0, mid_block, …"""
+    first, *rest = name.split(".")
+    return f"{first}.{rest[0]}" if first.endswith("_blocks") and rest else first
+
+
+def _mode(artefact: Artefact) -> str:
+    """What the atoms of an adapter are, in a few words."""
+    config = artefact.config
+    parts = {key.rpartition(".")[2] for key in artefact.state}
+    words = []
+    if "atoms_delta" in parts:
+        words.append(f"m={config.m}" + (f", m1={config.m1} (overcomplete)" if config.m1 else ""))
+    if config.m1 and "atoms_delta" in parts:
+        words.append(f"β {'trained' if config.train_beta else f'drawn from seed {config.seed}'}")
+    if "atoms_block_delta" in parts:
+        words.append(f"block atoms kc={config.kc}" + (f", m_c={config.m_c}" if config.m_c else ""))
+    words.append(f"{config.solver} solver" + (f" (λ={config.l1:g})" if config.solver == "sparse" else ""))
+    return ", ".join(words)
+
+
+def _facts(result: Mapping[str, Any]) -> list[str]:
+    about, training = result["about"], result["about"].get("training", {})
+    apart = result["distance_to_base"]
+    base = result["base"]
+    if about.get("base") not in (None, base):
+        base += f" (trained on {about['base']})"
+    if apart is not None:
+        base += f", weights {apart:.1%} from those it was trained on" if apart > 5e-4 else ", the very weights"
+    tokens = ", ".join(token + (f" (from {word!r})" if word else "") for token, word in result["tokens"].items())
+    trained = f"{result['trained_numbers']:,} numbers"
+    if result["token_numbers"]:
+        trained += f" and {result['token_numbers']:,} of tokens"
+    size = "" if result["bytes"] is None else f", {result['bytes'] / 1000:.1f} kB"
+    words = [
+        f"{training['steps']} steps" if "steps" in training else "",
+        f"{training['pictures_per_step']} pictures per step" if "pictures_per_step" in training else "",
+        f"learning rate {training['learning_rate']:g}" if "learning_rate" in training else "",
+        f"seed {training['seed']}" if "seed" in training else "",
+        f"{about['resolution']} px" if about.get("resolution") else "",
+    ]
+    facts = {
+        "adapter": f"{result['adapter']}: {len(result['layers'])} layers, {trained}{size}",
+        "base": base,
+        "tokens": tokens or "none",
+        "prompt": about.get("instance_prompt") or "not recorded",
+        "training": ", ".join(filter(None, words)) or "not recorded",
+        "atoms": result["mode"],
+        "change": f"|ΔF|/|F| = {result['relative_change']:.2%} over all adapted layers",
+    }
+    return [f"{name:<9} {value}" for name, value in facts.items()]
+
+
+def _moved_text(layer: Mapping[str, Any]) -> str:
+    moves = [(value, str(index)) for index, value in enumerate(layer["atom_changes"])]
+    moves += [(value, f"b{index}") for index, value in enumerate(layer["block_atom_changes"])]
+    strongest = sorted(moves, key=lambda move: -move[0])[:MOVED_SHOWN]
+    return ", ".join(f"{label}: {value:.3f}" for value, label in strongest)
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+
+
+def _size(adapter: str) -> int | None:
+    """Bytes of a local adapter's files."""
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    return path.stat().st_size if path.is_file() else None
