@@ -147,6 +147,43 @@ def test_the_pipelines_own_switches_work(saved, fresh, pocket, tmp_path, unet_in
     assert all(torch.equal(a, b) for a, b in zip(fresh.unet.parameters(), pocket.unet.parameters(), strict=True))
 
 
+def test_a_hot_swap_gives_the_numbers_of_a_fresh_load_and_moves_nothing(saved, fresh, pocket, tmp_path, unet_inputs):
+    other = copy.deepcopy(pocket)
+    learned(other, seed=9, token="<canal>", adapter="canal")
+    canal = save_atoms(other, tmp_path / "canal.safetensors", "canal", tokens=["<canal>"])
+    load_atoms(fresh, saved[1], "concept")
+    places = {name: value.data_ptr() for name, value in fresh.unet.named_parameters()}
+    load_atoms(fresh, canal, "concept", hotswap=True)
+    assert torch.equal(out(fresh.unet, unet_inputs), out(other.unet, unet_inputs))
+    assert {"<castle>", "<canal>"} <= set(fresh.tokenizer.get_vocab())
+    load_atoms(fresh, saved[0], "concept", hotswap=True)
+    assert torch.equal(out(fresh.unet, unet_inputs), saved[2])
+    assert {name: value.data_ptr() for name, value in fresh.unet.named_parameters()} == places
+    with pytest.raises(UserError, match="'absent' is not loaded, so nothing can be swapped"):
+        load_atoms(fresh, canal, "absent", hotswap=True)
+
+
+MODES = {
+    "overcomplete": dict(m1=2),
+    "frozen β": dict(m1=2, train_beta=False),
+    "blocks": dict(kc=2, target_modules="attn"),
+    "both, everywhere": dict(m1=2, kc=2, block_layers="all", target_modules="conv", exclude_modules=["conv_in"]),
+    "sparse": dict(solver="sparse", m=11),
+    "of many sizes": dict(target_modules="conv", m_pattern={"conv_shortcut|proj_in|proj_out": 1, "conv_in": 4}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
+def test_every_mode_is_saved_and_loaded(mode, place, fresh, pocket, tmp_path, unet_inputs):
+    trained = copy.deepcopy(pocket)
+    trained.unet.add_adapter(AtomsConfig(**MODES[mode], init_weights=False))
+    path = save_atoms(trained, tmp_path / place)
+    load_atoms(fresh, path)
+    assert torch.equal(out(fresh.unet, unet_inputs), out(trained.unet, unet_inputs))
+    assert not torch.equal(out(fresh.unet, unet_inputs), out(pocket.unet, unet_inputs))
+
+
 def test_an_adapter_joins_a_lora_in_one_pipeline(saved, fresh, unet_inputs):
     fresh.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "lora")
     load_atoms(fresh, saved[1], "castle")

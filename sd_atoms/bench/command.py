@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--methods",
         default="floor,atoms,lora-conv,loha-conv,lokr-conv,lora-attn,naive",
-        help="comma-separated; also atoms-weight and atoms-activation (default: %(default)s)",
+        help="comma-separated; also atoms-weight, atoms-activation, atoms-split, atoms-9-4 (default: %(default)s)",
     )
     step.add_argument("--steps", type=_positive, default=2, help="steps per run, after one warm-up (default: 2)")
 

@@ -12,6 +12,8 @@ METHODS = {
     "atoms": "filter atoms, m=9 on the 3×3 convolutions, the form picked per call",
     "atoms-weight": "the same, always in the weight form",
     "atoms-activation": "the same, always in the activation form",
+    "atoms-split": "the same, always in the split form",
+    "atoms-9-4": "overcomplete filter atoms, (m, m1) = (9, 4) with β trained, on the 3×3 convolutions",
     "lora-conv": "LoRA of PEFT, r=16 on the 3×3 convolutions",
     "loha-conv": "LoHa of PEFT, r=4 on the 3×3 convolutions",
     "lokr-conv": "LoKr of PEFT, r=4 on the 3×3 convolutions",
@@ -53,6 +55,8 @@ def attach(unet: nn.Module, method: str) -> list[nn.Parameter]:
         unet.add_adapter(LoHaConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
     elif method == "lokr-conv":
         unet.add_adapter(LoKrConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
+    elif method == "atoms-9-4":
+        unet.add_adapter(AtomsConfig(m=9, m1=4, target_modules="conv3x3"))
     elif method != "floor":
         form = method.removeprefix("atoms").removeprefix("-") or "auto"
         unet.add_adapter(AtomsConfig(m=9, target_modules="conv3x3", form=form))

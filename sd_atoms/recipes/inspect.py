@@ -18,10 +18,8 @@ from sd_atoms.pipeline.base import resolve_source
 from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
 from sd_atoms.pocket import packaged_path
 from sd_atoms.report.atoms import Change, atoms_figure
-from sd_atoms.report.table import text_table
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
 
-MOVED_SHOWN = 3
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
 TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta")
 # what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
@@ -90,42 +88,6 @@ def trained_numbers(modules: Mapping[str, nn.Module], names: Sequence[str], conf
     """How many numbers an adapter of that config trains in the layers of those names."""
     return sum(
         layer_plan(config, name, modules[name]).trained_numbers(modules[name], config.train_beta) for name in names
-    )
-
-
-def architecture_text(result: Mapping[str, Any]) -> str:
-    """The result of `inspect_architecture` as two tables."""
-    kinds = list(dict.fromkeys(kind for entry in result["target_sets"] for kind in entry["kinds"]))
-    sets = [
-        [
-            entry["target_set"],
-            str(entry["layers"]),
-            *(str(entry["kinds"].get(kind, "-")) for kind in kinds),
-            f"{entry['weights'] / 1e6:.1f} M",
-            f"{entry['trained_numbers']:,}",
-        ]
-        for entry in result["target_sets"]
-    ]
-    settings = [
-        [
-            entry["setting"],
-            f"{entry['trained_numbers']:,}",
-            f"{entry['trained_numbers'] / result['parameters']:.4%}",
-            "-" if entry["beta_frozen"] is None else f"{entry['beta_frozen']:,}",
-        ]
-        for entry in result["settings"]
-    ]
-    return "\n".join(
-        [
-            f"{result['arch']}: a UNet of {result['parameters'] / 1e6:.1f} M parameters",
-            "",
-            "Target sets. Trained: 9 atoms where filters have several taps (81 numbers for 3×3), block atoms of 4×4",
-            "channels where they have one (256).",
-            text_table(["target_modules", "layers", *kinds, "weights", "trained"], sets),
-            "",
-            "Settings of the paper (arXiv 2403.00269), on conv3x3.",
-            text_table(["setting", "trained", "of the UNet", "with β frozen"], settings),
-        ]
     )
 
 
@@ -199,52 +161,6 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     }
 
 
-def adapter_text(result: Mapping[str, Any], top: int = 0) -> str:
-    """The result of `inspect_adapter` as text, with the `top` layers that changed most; 0 shows all."""
-    shown = _strongest(result["layers"], top or len(result["layers"]))
-    rows = [
-        [
-            layer["layer"],
-            layer["kind"],
-            f"{layer['relative_change']:.2%}",
-            f"{layer['share']:.1%}",
-            *(_decimal(layer[key]) for key in ("gain_zero", "gain_pi", "condition")),
-            _moved_text(layer),
-        ]
-        for layer in shown
-    ]
-    blocks = [
-        [block["block"], str(block["layers"]), f"{block['relative_change']:.2%}", f"{block['share']:.1%}"]
-        for block in result["blocks"]
-    ]
-    share = sum(layer["share"] for layer in shown)
-    if len(shown) == len(result["layers"]):
-        title = f"All {len(shown)} layers, from input to output"
-    else:
-        title = (
-            f"The {len(shown)} of {len(result['layers'])} layers that changed most ({share:.0%} of the energy), from "
-            "input to output; --top 0 shows all"
-        )
-    any_blocks = any(layer["block_atom_changes"] for layer in shown)
-    header = ["layer", "kind", "|ΔF|/|F|", "energy", "gain at 0", "at π", "cond", "atoms moved most: |ΔD|"]
-    return "\n".join(
-        [
-            *_facts(result),
-            "",
-            title,
-            text_table(header, rows, left=(0, 1, 7)),
-            "",
-            "Blocks of the UNet",
-            text_table(["block", "layers", "|ΔF|/|F|", "energy"], blocks),
-            "",
-            "energy: share of |ΔF|² over all layers. gain: response of the adapted filters over that of the base, to a",
-            "flat input (0) and to a checkerboard (π). cond: condition number of A in F·A, the matrix that mixes the",
-            "taps; a large one means that detail of the filters is lost."
-            + (" b12: block atom 12." if any_blocks else ""),
-        ]
-    )
-
-
 def draw_adapter(result: Mapping[str, Any]):
     """The result of `inspect_adapter` as a matplotlib figure."""
     changes = [
@@ -259,8 +175,11 @@ def draw_adapter(result: Mapping[str, Any]):
         )
         for layer in result["layers"]
     ]
-    name = Path(result["adapter"]).name or result["adapter"]
-    return atoms_figure(changes, f"{name} on {result['base']}: |ΔF|/|F| = {result['relative_change']:.2%}")
+    name, base = (
+        Path(source).name if Path(source).expanduser().exists() else source
+        for source in (result["adapter"], result["base"])
+    )
+    return atoms_figure(changes, f"{name} on {base}: |ΔF|/|F| = {result['relative_change']:.2%}")
 
 
 def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str, Any]:
@@ -302,12 +221,6 @@ def _relative(layers: Sequence[Mapping[str, Any]]) -> float:
     return root_ratio(sum(layer["energy"] for layer in layers), sum(layer["base_energy"] for layer in layers), 0.0)
 
 
-def _strongest(layers: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Those with most energy, in their order."""
-    chosen = sorted(range(len(layers)), key=lambda index: -layers[index]["energy"])[:count]
-    return [layers[index] for index in sorted(chosen)]
-
-
 def _kind(weight: torch.Tensor) -> str:
     return "×".join(map(str, weight.shape[2:])) or "Linear"
 
@@ -331,49 +244,6 @@ def _mode(artefact: Artefact) -> str:
         words.append(f"block atoms kc={config.kc}" + (f", m_c={config.m_c}" if config.m_c else ""))
     words.append(f"{config.solver} solver" + (f" (λ={config.l1:g})" if config.solver == "sparse" else ""))
     return ", ".join(words)
-
-
-def _facts(result: Mapping[str, Any]) -> list[str]:
-    about, training = result["about"], result["about"].get("training", {})
-    apart = result["distance_to_base"]
-    base = result["base"]
-    if about.get("base") not in (None, base):
-        base += f" (trained on {about['base']})"
-    if apart is not None:
-        base += f", weights {apart:.1%} from those it was trained on" if apart > 5e-4 else ", the very weights"
-    tokens = ", ".join(token + (f" (from {word!r})" if word else "") for token, word in result["tokens"].items())
-    trained = f"{result['trained_numbers']:,} numbers"
-    if result["token_numbers"]:
-        trained += f" and {result['token_numbers']:,} of tokens"
-    size = "" if result["bytes"] is None else f", {result['bytes'] / 1000:.1f} kB"
-    words = [
-        f"{training['steps']} steps" if "steps" in training else "",
-        f"{training['pictures_per_step']} pictures per step" if "pictures_per_step" in training else "",
-        f"learning rate {training['learning_rate']:g}" if "learning_rate" in training else "",
-        f"seed {training['seed']}" if "seed" in training else "",
-        f"{about['resolution']} px" if about.get("resolution") else "",
-    ]
-    facts = {
-        "adapter": f"{result['adapter']}: {len(result['layers'])} layers, {trained}{size}",
-        "base": base,
-        "tokens": tokens or "none",
-        "prompt": about.get("instance_prompt") or "not recorded",
-        "training": ", ".join(filter(None, words)) or "not recorded",
-        "atoms": result["mode"],
-        "change": f"|ΔF|/|F| = {result['relative_change']:.2%} over all adapted layers",
-    }
-    return [f"{name:<9} {value}" for name, value in facts.items()]
-
-
-def _moved_text(layer: Mapping[str, Any]) -> str:
-    moves = [(value, str(index)) for index, value in enumerate(layer["atom_changes"])]
-    moves += [(value, f"b{index}") for index, value in enumerate(layer["block_atom_changes"])]
-    strongest = sorted(moves, key=lambda move: -move[0])[:MOVED_SHOWN]
-    return ", ".join(f"{label}: {value:.3f}" for value, label in strongest)
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.1e}"
 
 
 def _size(adapter: str) -> int | None:

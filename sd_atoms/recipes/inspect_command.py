@@ -42,13 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--plot {arguments.plot}: the name of a .png file is needed")
 
     from sd_atoms.files import replacing, write_json
-    from sd_atoms.recipes.inspect import (
-        adapter_text,
-        architecture_text,
-        draw_adapter,
-        inspect_adapter,
-        inspect_architecture,
-    )
+    from sd_atoms.recipes.inspect import draw_adapter, inspect_adapter, inspect_architecture
+    from sd_atoms.recipes.inspect_text import adapter_text, architecture_text
 
     if arguments.arch:
         result = inspect_architecture(arguments.arch)

@@ -1,6 +1,7 @@
 """A picture of what an adapter changed: atoms before and after, and the energy of every layer."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,9 @@ def atoms_figure(changes: Sequence[Change], title: str) -> Figure:
     if not changes:
         raise ValueError("expected at least one layer")
     pictured = [
-        entry for entry in changes if entry.atoms is not None and len(entry.kernel) == 2 and entry.kernel > (1, 1)
+        entry
+        for entry in changes
+        if entry.atoms is not None and len(entry.kernel) == 2 and math.prod(entry.kernel) > 1
     ]
     pictured = sorted(pictured, key=lambda entry: -entry.share)[:LAYERS_SHOWN]
     bars_height = max(4.0, 1.2 + 0.165 * min(len(changes), MOST_NAMES))
@@ -57,14 +60,16 @@ def atoms_figure(changes: Sequence[Change], title: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     with matplotlib.rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure.suptitle(title, fontsize=12, weight="bold")
+        figure.suptitle(textwrap.fill(title, 110 if pictured else 64), fontsize=12, weight="bold")
         if pictured:
             left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.15), wspace=0.03)
             left.suptitle("Atoms of the layers that changed most", fontsize=10)
             places = left.subplots(len(pictured), 1, squeeze=False).flat
             for axes, entry in zip(places, pictured, strict=True):
                 _draw_atoms(axes, entry)
-            axes.set_xlabel("number of the atom, and |ΔD| of it; change ×2: drawn twice as strong", fontsize=7.5)
+            axes.set_xlabel(
+                "number of the atom, and its |ΔD|. ×: the change is drawn that many times stronger", fontsize=7.5
+            )
         else:
             right = figure
         _draw_bars(right.subplots(), changes, height)
@@ -97,7 +102,9 @@ def _draw_atoms(axes: Axes, entry: Change) -> None:
     for row in range(3):
         for column in range(len(chosen)):
             corner = (column * (columns_px + 1) - 0.5, row * (rows_px + 1) - 0.5)
-            axes.add_patch(Rectangle(corner, columns_px, rows_px, fill=False, edgecolor=LINE, linewidth=0.6))
+            axes.add_patch(
+                Rectangle(corner, columns_px, rows_px, fill=False, edgecolor=LINE, linewidth=0.6, clip_on=False)
+            )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{entry.layer}   |ΔF|/|F| = {entry.relative:.1%}", fontsize=8.5, loc="left", pad=8)
@@ -164,7 +171,7 @@ def _colours(blocks: Sequence[str]) -> dict[str, tuple[float, ...] | str]:
     colours = dict.fromkeys(blocks, "#7a7a7a")
     for kind, palette, inwards in (("down", "Blues", True), ("up", "Oranges", False)):
         members = [block for block in blocks if block.startswith(kind)]
-        shades = np.linspace(0.5, 0.9, len(members)) if len(members) > 1 else [0.7]
+        shades = np.linspace(0.5, 0.9, len(members))
         for block, shade in zip(members, shades if inwards else shades[::-1], strict=True):
             colours[block] = matplotlib.colormaps[palette](shade)
     return colours | {block: "#3a8f4d" for block in blocks if block.startswith("mid")}

@@ -7,7 +7,7 @@ from sd_atoms.data.images import RESAMPLING
 from sd_atoms.errors import UserError
 from sd_atoms.generation import SCHEDULERS
 from sd_atoms.settings import setting
-from sd_atoms.tuner.config import SOLVERS
+from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
 
 MODEL, DATA, TOKEN, ADAPTER, RUN, OPTIMISER = "model", "data", "token", "adapter", "run", "optimiser"
 VALIDATION, PICTURES, MACHINE = "validation", "pictures at the end", "precision and logging"
@@ -44,10 +44,18 @@ class TrainConfig:
     train_token_embedding: bool = setting(False, TOKEN, "also train the new word's embedding row")
 
     method: str = setting("atoms", ADAPTER, "what is trained", choices=METHODS)
-    m: int = setting(9, ADAPTER, "atoms per layer; 9 of a 3x3 filter can move every tap", low=1)
+    m: int = setting(9, ADAPTER, "atoms per layer; 9 of a 3x3 filter can move every tap; 0 = block atoms only", low=0)
+    m1: int = setting(0, ADAPTER, "overcomplete: atoms mixed per input channel out of m1 each; 0 = shared", low=0)
+    train_beta: bool = setting(True, ADAPTER, "also train the mixing of overcomplete atoms")
+    kc: int = setting(0, ADAPTER, "block atoms over kc x kc channels on 1x1 and Linear layers; 0 = none", low=0)
+    m_c: int = setting(0, ADAPTER, "block atoms per layer are m_c x kc x kc; 0 = exact", low=0)
+    block_layers: str = setting("pointwise", ADAPTER, "which layers get block atoms", choices=BLOCK_LAYERS)
     solver: str = setting("svd", ADAPTER, "how the initial atoms are found", choices=SOLVERS)
+    l1: float = setting(1e-3, ADAPTER, "sparsity of the sparse solver", low=0.0)
     target: str = setting(
-        "conv3x3", ADAPTER, "layers to adapt: conv3x3, conv, or a regular expression over their names"
+        "conv3x3",
+        ADAPTER,
+        "layers to adapt: conv3x3, conv, conv+linear, attn, all-linear, or a regular expression over their names",
     )
     form: str = setting("auto", ADAPTER, "how an adapted convolution is computed; all give the same", choices=FORMS)
 

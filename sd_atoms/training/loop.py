@@ -26,6 +26,9 @@ from sd_atoms.training.objective import losses, noising, target
 from sd_atoms.training.run_folder import CHECKPOINTS, LOG, cut_log, read_log
 from sd_atoms.tuner import AtomsConfig
 
+# settings of a run that are the adapter's under the same name
+ADAPTER_SETTINGS = ("m", "m1", "train_beta", "kc", "m_c", "block_layers", "solver", "l1", "seed", "form")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -58,7 +61,9 @@ def attach(pipe, config: TrainConfig) -> None:
         for module in (pipe.unet, pipe.text_encoder):  # not the VAE: it overflows in fp16, and encodes only once
             module.to(dtype=DTYPES[config.mixed_precision])
     try:
-        settings = AtomsConfig(m=config.m, solver=config.solver, target_modules=config.target, form=config.form)
+        settings = AtomsConfig(
+            **{name: getattr(config, name) for name in ADAPTER_SETTINGS}, target_modules=config.target
+        )
         pipe.unet.add_adapter(settings)
     except ValueError as error:
         raise UserError(f"target={config.target!r}, m={config.m}: {error}") from error
