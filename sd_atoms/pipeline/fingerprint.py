@@ -45,9 +45,10 @@ def from_text(text: str) -> torch.Tensor:
 
 
 def _of_weight(weight: torch.Tensor) -> torch.Tensor:
-    version = None if weight.is_inference() else weight._version
-    if weight not in _known or _known[weight][0] != version:
-        _known[weight] = version, _mark(weight)
+    # `.data = …` gives a weight other storage without counting as a version
+    state = weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
+    if weight not in _known or _known[weight][0] != state:
+        _known[weight] = state, _mark(weight)
     return _known[weight][1]
 
 

@@ -63,7 +63,7 @@ def atoms_figure(changes: Sequence[Change], title: str) -> Figure:
         figure.suptitle(textwrap.fill(title, 110 if pictured else 64), fontsize=12, weight="bold")
         if pictured:
             left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.15), wspace=0.03)
-            left.suptitle("Atoms of the layers that changed most", fontsize=10)
+            left.suptitle("Atoms, in the layers where their |ΔF|² is largest", fontsize=10)
             places = left.subplots(len(pictured), 1, squeeze=False).flat
             for axes, entry in zip(places, pictured, strict=True):
                 _draw_atoms(axes, entry)

@@ -127,6 +127,8 @@ class TrainConfig:
             )
         if self.placeholder_token and not self.initializer_token:
             problems.append("initializer_token is required with placeholder_token: a word such as castle")
+        if not self.m and not self.kc:
+            problems.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
         if self.train_token_embedding and not self.placeholder_token:
             problems.append("train_token_embedding needs a placeholder_token")
         for name in ("prompts_file", "instance_prompts_file"):

@@ -149,6 +149,16 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         """Groups of the layer; 1 for Linear."""
         return getattr(self.get_base_layer(), "groups", 1)
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer, over all groups; the name is PEFT's, also for channels of a convolution."""
+        return in_channels(self.get_base_layer())
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer."""
+        return self.get_base_layer().weight.shape[0]
+
     def change_terms(self, adapter: str) -> list[Term]:
         """What an adapter adds to the weight, scale included, as terms Q·M; in float32 at least.
 
