@@ -26,7 +26,7 @@ def test_the_written_settings_read_back_the_same(tmp_path):
 
 def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("learning_rat: 1\nm: 0\nseed: 1.5\noverwrite: maybe\nsolver: qr\nlearning_rate: nan\nmethod: 3\n")
+    path.write_text("learning_rat: 1\nm: -1\nseed: 1.5\noverwrite: maybe\nsolver: qr\nlearning_rate: nan\nmethod: 3\n")
     with pytest.raises(UserError) as caught:
         resolve(TrainConfig, {}, str(path), ["--outptu_dir", "x"])
     text = str(caught.value)
@@ -35,7 +35,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
         "11 problems",
         "unknown flag --outptu_dir (did you mean output_dir?)",
         "unknown key 'learning_rat' (did you mean learning_rate?)",
-        "m: 0 is out of range, 1 or more is allowed",
+        "m: -1 is out of range, 0 or more is allowed",
         "seed: 1.5 is not a whole number",
         "overwrite: 'maybe' is not true or false",
         "solver: 'qr' is not one of svd",
