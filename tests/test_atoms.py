@@ -16,6 +16,7 @@ from sd_atoms.atoms import (
     pick_form,
     relative_error,
     svd_atoms,
+    terms,
 )
 
 GEOMETRIES = {
@@ -272,3 +273,13 @@ def test_the_buffer_of_effective_weights_is_never_handed_out():
     kept = merged.clone()
     mixed_weight(weight, [Term(None, 2 * mixing)])
     assert torch.equal(merged, kept)
+
+
+def test_training_goes_on_after_inference_mode():
+    terms._buffers.__dict__.clear()
+    weight, x = random(6, 4, 3, 3), random(1, 4, 5, 5)
+    mixing = random(9, 9, seed=1).requires_grad_()
+    with torch.inference_mode():
+        adapted(x, weight, mixing, None, ConvGeometry(), "weight")
+    adapted(x, weight, mixing, None, ConvGeometry(), "weight").sum().backward()
+    assert mixing.grad.abs().max() > 0

@@ -52,7 +52,7 @@ def effective_weight(weight: torch.Tensor, terms: Sequence[Term], groups: int) -
     There the taps are stored before the input channels, as in channels-last weights, since (K, T) @ (T, i) products
     are several times faster than (o·i, T) @ (T, K), whose sides are too short to fill the vector units.
     """
-    if all(term == PLAIN for term in terms):
+    if all(term.mixing is None for term in terms):
         return weight
     filters = filters_of(weight)
     dtype = mixing_dtype(weight.dtype)
@@ -132,5 +132,6 @@ def _buffer(weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> t
     size = weight.shape[0] * weight.shape[1] * taps(weight)
     kept = getattr(_buffers, "tensor", None)
     if kept is None or kept.dtype != dtype or kept.numel() < size:
-        kept = _buffers.tensor = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # one made in inference mode could not be written to outside of it
+            kept = _buffers.tensor = torch.empty(size, dtype=dtype)
     return kept[:size].view(shape)

@@ -15,8 +15,9 @@ import sd_atoms
 from sd_atoms.bench.architectures import latent_size
 from sd_atoms.bench.machine import check_device, describe, machine_info
 from sd_atoms.bench.methods import METHODS
-from sd_atoms.bench.table import ratio_text, text_table
+from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline.architectures import unet_config
+from sd_atoms.report.table import text_table
 
 MEASURES = (
     "Forward and backward pass of one training step (MSE against a fixed random target, seeded random weights and "
