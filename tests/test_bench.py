@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sd_atoms.bench import architectures, command, decompose, forms, step, worker
+from sd_atoms.bench import architectures, command, decompose, forms, serve, step, worker
 from sd_atoms.bench.architectures import conv3x3_calls
 from sd_atoms.bench.methods import METHODS, attach
 from sd_atoms.errors import UserError
@@ -31,7 +31,7 @@ TINY = {
 @pytest.fixture
 def bench(monkeypatch, capsys):
     """Runs a bench command line on a tiny UNet and returns what it printed."""
-    for module in (step, decompose, forms):
+    for module in (step, serve, decompose, forms):
         monkeypatch.setattr(module, "unet_config", lambda arch: TINY)
 
     def run(*words):
@@ -154,6 +154,35 @@ def test_decompose_covers_every_convolution(bench, tmp_path):
     assert set(result["layers_by_kernel"]) == {"1×1", "3×3"}
     assert result["largest_relative_error"]["error"] < 1e-5
     assert 0 < result["slowest"]["seconds_median"] < result["seconds_median"]
+
+
+def test_serve_times_every_way_and_the_swap(bench, tmp_path):
+    file = tmp_path / "serve.json"
+    printed = bench("serve", "--resolution", "32", "--rounds", "2", "--steps", "1", "--json", str(file))
+    result = json.loads(file.read_text())
+    assert [entry["way"] for entry in result["ways"]] == ["base", "atoms unmerged", "LoRA unmerged", "atoms merged"]
+    assert result["ways"][0]["to_base"] == 1
+    assert 0 < result["hotswap"]["seconds_min"] <= result["hotswap"]["seconds_median"]
+    assert "hot-swap of a file" in printed
+
+
+def test_what_serve_draws_with_is_adapted_and_shares_the_base():
+    base = build_unet(TINY, "cpu").eval()
+    adapted = serve._adapted(base, TINY, "atoms")
+    inputs = architectures.step_inputs(TINY, 2, 32, "cpu", torch.float32)
+    with torch.no_grad():
+        assert not torch.equal(base(*inputs).sample, adapted(*inputs).sample)
+    assert base.conv_in.weight.data_ptr() == adapted.conv_in.base_layer.weight.data_ptr()
+
+
+def test_sparse_compares_both_solvers_on_the_same_rows(bench, tmp_path):
+    file = tmp_path / "sparse.json"
+    printed = bench("sparse", "--channels", "16", "--m", "6", "--rounds", "1", "--json", str(file))
+    result = json.loads(file.read_text())
+    ours, theirs = result["solvers"]["ours"], result["solvers"]["coordinate descent"]
+    assert result["rows"] == 256
+    assert ours["objective"] <= theirs["objective"]
+    assert f"coordinate descent takes {result['ratio']:.1f} times as long" in printed
 
 
 def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
