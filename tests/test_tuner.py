@@ -547,3 +547,62 @@ def test_a_target_that_matches_nothing_is_an_error():
 def test_peft_adapters_of_other_kinds_still_work_after_registration():
     model = get_peft_model(net(dtype=torch.float32), LoraConfig(r=2, target_modules=["layer"]))
     assert model(inputs(dtype=torch.float32)).shape == (2, 6, 9, 9)
+
+
+def kept_layer(**settings):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)), AtomsConfig(target_modules=["0"], **settings))
+    layer = next(module for module in model.modules() if isinstance(module, AtomsLayer))
+    nn.init.normal_(layer.atoms_delta["default"])
+    return layer
+
+
+def unkept(layer, x):
+    """The same output with gradients on, where no weight is kept."""
+    return layer(x.requires_grad_()).detach()
+
+
+@pytest.mark.parametrize("solver", ["svd", "sparse"])
+def test_a_kept_weight_follows_every_change_of_what_it_is_made_from(solver):
+    layer, x = kept_layer(solver=solver, m=5), torch.randn(2, 4, 7, 7)
+
+    def change_of_base():
+        layer.base_layer.weight.data.add_(0.1)
+
+    def change_through_data():
+        layer.atoms_delta["default"].data.mul_(2)
+
+    def other_parameter():
+        layer.atoms_delta["default"] = nn.Parameter(torch.randn_like(layer.atoms_delta["default"]))
+
+    changes = [change_through_data, other_parameter, lambda: layer.set_scale("default", 0.3)]
+    if solver == "svd":  # sparse codes are those of the base weight that the adapter was made for
+        changes.append(change_of_base)
+    with torch.no_grad():
+        layer(x)
+    for change in changes:
+        with torch.no_grad():
+            before = layer(x)
+            change()
+            after = layer(x)
+            assert layer(x).equal(after)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, unkept(layer, x))
+
+
+def test_a_kept_weight_draws_what_a_merged_one_draws_bit_for_bit():
+    layer, x = kept_layer(), torch.randn(2, 4, 7, 7)
+    with torch.no_grad():
+        kept = layer(x)
+        layer.merge()
+        assert torch.equal(layer(x), kept)
+        layer.unmerge()
+        assert torch.equal(layer(x), kept)
+
+
+def test_no_large_weight_is_kept(monkeypatch):
+    monkeypatch.setattr("sd_atoms.tuner.layer.KEPT_BYTES", 100)
+    layer = kept_layer()
+    with torch.no_grad():
+        layer(torch.randn(2, 4, 7, 7))
+    assert layer._kept is None

@@ -1,6 +1,6 @@
 """Placeholder tokens such as <castle>: one new entry of the tokenizer and one new row of the text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,16 @@ def initializer_row(pipe, word: str) -> torch.Tensor:
     if len(ids) != 1 or ids[0] == pipe.tokenizer.unk_token_id:
         raise UserError(f"initializer_token: {word!r} is {len(ids)} tokens of the base model, one word is needed")
     return pipe.text_encoder.get_input_embeddings().weight[ids[0]].detach().clone()
+
+
+def initializer_rows(pipe, tokens: Sequence[str], words: Sequence[str]) -> dict[str, torch.Tensor]:
+    """token -> the embedding row (d,) of its word: one word for each, or one for all.
+
+    Raises:
+        UserError: a word is not exactly one token of the base model.
+    """
+    words = [*words] * len(tokens) if len(words) == 1 else words
+    return {token: initializer_row(pipe, word) for token, word in zip(tokens, words, strict=True)}
 
 
 def check_new_token(pipe, token: str) -> None:
@@ -47,6 +57,8 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool
     Raises:
         UserError: a token exists with another row, or a row does not fit the text encoder.
     """
+    if not rows:
+        return  # a pipeline without a text encoder will do
     embeddings = pipe.text_encoder.get_input_embeddings().weight
     for token, row in rows.items():
         if row.shape != embeddings.shape[1:]:
@@ -75,5 +87,7 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool
 
 def placeholder_rows(pipe, tokens: list[str]) -> dict[str, torch.Tensor]:
     """token -> its embedding row (d,), float32 on the CPU."""
+    if not tokens:
+        return {}  # a pipeline without a text encoder will do
     weight = pipe.text_encoder.get_input_embeddings().weight.detach()
     return {token: weight[pipe.tokenizer.convert_tokens_to_ids(token)].float().cpu() for token in tokens}

@@ -27,6 +27,13 @@ from sd_atoms.atoms import (
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels
 
+# An effective weight of at most so many bytes is kept between pictures: in a small layer, making it anew takes longer
+# than the convolution. In larger layers it costs little beside it, and keeping it would cost memory.
+KEPT_BYTES = 4 * 2**20
+SAMPLED = 997  # every so many-th entry of a base weight tells whether it was changed
+
+KEPT_FROM = ("atoms_delta", "atoms_beta", "atoms_block_delta", "atoms_initial", "atoms_block_initial")
+
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 
 
@@ -73,6 +80,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self.moved: dict[str, bool] = {}  # False while the change is known to be zero
+        self._kept: tuple[list, list[torch.Tensor], torch.Tensor] | None = None  # see _kept_weight
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
@@ -138,6 +146,11 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         else:
             atoms = svd_atoms(rows, shape[0])
         return nn.Parameter(atoms, requires_grad=False)
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer below all adapters; PEFT's own asks `hasattr` each time, which shows in small layers."""
+        layer = self._modules["base_layer"]
+        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
     @property
     def base_weight(self) -> torch.Tensor:
@@ -303,10 +316,38 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         layer = self.get_base_layer()
         weight, bias = layer.weight, layer.bias
+        if not torch.is_grad_enabled() and self._small(weight) and self.form[active[0]] == "auto":
+            return self._plain(x, self._kept_weight(active, weight), bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], not moved)
+
+    @staticmethod
+    def _small(weight: torch.Tensor) -> bool:
+        return weight.nbytes <= KEPT_BYTES and weight.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _kept_weight(self, active: list[str], weight: torch.Tensor) -> torch.Tensor:
+        """The effective weight of those adapters, made anew only if anything it is made from has other values.
+
+        Values are compared, not versions: writing through `.data` leaves no other trace.
+        """
+        # straight from the modules' dicts: the usual look-ups would take longer than the comparison
+        sources = [weight.view(-1)[::SAMPLED]]
+        for name in active:
+            for part in KEPT_FROM:
+                source = self._modules[part]._parameters.get(name)
+                if source is not None:
+                    sources.append(source)
+        key = (weight.data_ptr(), weight.dtype, active, [self.scaling[name] for name in active])
+        if self._kept is not None and self._kept[0] == key and all(map(torch.equal, self._kept[1], sources)):
+            return self._kept[2]
+        effective = mixed_weight(self.base_weight.detach(), self.terms(active), self.groups)
+        self._kept = (key, [source.detach().clone() for source in sources], effective)
+        return effective
+
+    def _plain(self, x, weight, bias) -> torch.Tensor:
+        raise NotImplementedError
 
     def _adapted(self, x, weight, bias, terms, form, unmoved) -> torch.Tensor:
         raise NotImplementedError
@@ -318,6 +359,9 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
 class AtomsLinear(AtomsLayer):
     """Linear with atom adapters: (…, i) -> (…, o)."""
 
+    def _plain(self, x, weight, bias):
+        return F.linear(x, weight, bias)
+
     def _adapted(self, x, weight, bias, terms, form, unmoved):
         return atoms_layer(x, weight, terms, bias, None, form, unmoved)
 
@@ -327,6 +371,9 @@ class AtomsConv(AtomsLayer):
 
     Right under stride, dilation, groups, any kernel shape and any padding mode.
     """
+
+    def _plain(self, x, weight, bias):
+        return self.get_base_layer()._conv_forward(x, weight, bias)
 
     def _adapted(self, x, weight, bias, terms, form, unmoved):
         conv = self.get_base_layer()
