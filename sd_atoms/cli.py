@@ -56,12 +56,27 @@ def _generate(words: list[str], program: str) -> None:
     draw(config)
 
 
+def _drift(words: list[str], program: str) -> None:
+    from sd_atoms.recipes.drift import DriftConfig
+
+    config = _settings(DriftConfig, words, program, "Measures how far an adapter moves pictures of other things.")
+    from sd_atoms.recipes.drift import report_drift
+
+    report_drift(config)
+
+
 def _inspect(words: list[str], program: str) -> None:
     from sd_atoms.recipes import inspect_command
 
     _delegate(
         inspect_command, words, program, "Says what an adapter changes, layer by layer, or what a UNet has to adapt."
     )
+
+
+def _share(words: list[str], program: str) -> None:
+    from sd_atoms.recipes import share_command
+
+    _delegate(share_command, words, program, "Makes a finished run a folder to give away, and uploads it if asked to.")
 
 
 def _bench(words: list[str], program: str) -> None:
@@ -81,7 +96,9 @@ def _pretrain_pocket(words: list[str], program: str) -> None:
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "train": _train,
     "generate": _generate,
+    "drift": _drift,
     "inspect": _inspect,
+    "share": _share,
     "bench": _bench,
     "pretrain-pocket": _pretrain_pocket,
 }

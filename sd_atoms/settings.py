@@ -27,6 +27,8 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     required: bool = False,
+    unless: Sequence[str] = (),
+    item: type | None = None,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -36,9 +38,11 @@ def setting(
         help: one line; a None default is explained in it.
         choices: all allowed values.
         low, high: smallest and largest allowed number.
-        required: None is no answer.
+        required: None is no answer, unless one of the fields named in `unless` is set.
+        item: the field is a tuple of these settings; a YAML list of mappings gives it, no flag does.
     """
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required)
+    metadata |= dict(unless=unless, item=item)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -57,6 +61,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     groups = {}
     for field in dataclasses.fields(settings):
         meta = field.metadata
+        if meta["item"]:
+            continue
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         note = " (required)" if meta["required"] else "" if field.default is None else f" (default: {field.default})"
         text = (meta["help"] + note).replace("%", "%%")
@@ -93,16 +99,14 @@ def resolve(
     for origin, entries in ((config_path, read_yaml(config_path) if config_path else {}), (None, flags)):
         for name, value in entries.items():
             where = f"--{name}" if origin is None else str(name)
-            if name not in fields:
-                problems.append(f"unknown key {name!r}{_near(str(name), fields)}")
-                continue
             try:
-                values[name] = _coerce(fields[name], _kind(settings, name), value)
+                values[name] = _value(settings, fields, name, value)
             except ValueError as error:
-                problems.append(f"{where}: {error}")
+                problems.append(str(error) if name not in fields else f"{where}: {error}")
     reported = {problem.split(":")[0].lstrip("-") for problem in problems}
     for name, field in fields.items():
-        if field.metadata["required"] and values.get(name) is None and name not in reported:
+        excused = any(values.get(other) is not None for other in field.metadata["unless"])
+        if field.metadata["required"] and values.get(name) is None and name not in reported and not excused:
             problems.append(f"{name} is required: {field.metadata['help']}")
     if problems:
         source = f"{config_path}: " if config_path else ""
@@ -137,6 +141,34 @@ def to_yaml(values: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True, width=119)
 
 
+def _value(settings: type, fields: Mapping[str, dataclasses.Field], name: Any, value: Any) -> Any:
+    if name not in fields:
+        raise ValueError(f"unknown key {name!r}{_near(str(name), fields)}")
+    item = fields[name].metadata["item"]
+    if item is None or value is None:
+        return _coerce(fields[name], _kind(settings, name), value)
+    return _items(item, value)
+
+
+def _items(item: type, entries: Any) -> tuple:
+    """A list of mappings as settings, all mistakes in one ValueError."""
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{entries!r} is not a list of `name: value` mappings")
+    fields = {field.name: field for field in dataclasses.fields(item)}
+    made, problems = [], []
+    for number, entry in enumerate(entries):
+        values = {}
+        for name, value in entry.items():
+            try:
+                values[name] = _value(item, fields, name, value)
+            except ValueError as error:
+                problems.append(f"[{number}] {'' if name not in fields else f'{name}: '}{error}")
+        made.append(values)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(item(**values) for values in made)
+
+
 def _kind(settings: type, name: str) -> type:
     """The plain type of a field: str of `str | None`."""
     hint = typing.get_type_hints(settings)[name]
@@ -148,7 +180,7 @@ def _kind(settings: type, name: str) -> type:
 def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
     meta = field.metadata
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not str):
-        if field.default is None and not meta["required"]:
+        if field.default is None and (meta["unless"] or not meta["required"]):
             return None
         raise ValueError(f"None is not allowed, {_allowed(meta, kind)}")
     if kind is bool:

@@ -82,3 +82,37 @@ def test_settings_that_do_not_go_together_are_reported_at_once():
 @pytest.mark.parametrize("name", ["castle", "canal"])
 def test_the_packaged_configurations_are_valid(name):
     assert resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").placeholder_token == f"<{name}>"
+
+
+def test_several_concepts_come_from_yaml_and_go_back_into_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "pretrained_model_name_or_path: pocket\n"
+        "concepts:\n"
+        "- {instance_data_dir: a, instance_prompt: photo of <a>, placeholder_token: <a>, initializer_token: castle}\n"
+        "- {instance_data_dir: b, instance_prompt: photo of b, repeats: 3}\n"
+    )
+    config = resolve(TrainConfig, {}, str(path))
+    assert [concept.repeats for concept in config.concepts] == [1, 3]
+    assert config.concepts[0].tokens == ("<a>",)
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert resolve(TrainConfig, {}, str(again)) == config
+
+
+def test_every_mistake_in_a_list_of_concepts_is_reported_at_once(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "pretrained_model_name_or_path: pocket\nconcepts: [{instance_promt: a, repeats: 0}, {repeats: x}]\n"
+    )
+    with pytest.raises(UserError) as caught:
+        resolve(TrainConfig, {}, str(path))
+    for part in (
+        "concepts: [0] unknown key 'instance_promt' (did you mean instance_prompt?)",
+        "[0] repeats: 0 is out of range",
+        "[1] repeats: 'x' is not a whole number",
+    ):
+        assert part in str(caught.value)
+    path.write_text("pretrained_model_name_or_path: pocket\nconcepts: 3\n")
+    with pytest.raises(UserError, match="concepts: 3 is not a list"):
+        resolve(TrainConfig, {}, str(path))

@@ -1,4 +1,4 @@
-"""From files to pictures to tensors and back: the only place where pixel ranges change.
+"""From files to pictures to tensors: the only place where pixel ranges change.
 
 A picture is a PIL image in mode RGB, 8 bits, sRGB, upright and opaque. Everything a file can hold besides that
 (rotation flags, transparency, CMYK, 16 bits, colour profiles, animation) ends in `read_image`.
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
-from tqdm import tqdm
 
 from sd_atoms.errors import UserError
 
@@ -42,17 +41,17 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The image files directly inside a folder, in natural order, and a few words on what else lay there."""
+    """The image files directly inside a folder and whatever else lies there, both in natural order."""
 
     paths: tuple[Path, ...]
-    ignored: tuple[str, ...]  # one entry per reason: "3 .txt files: a.txt, b.txt, c.txt"
+    others: tuple[Path, ...]
 
 
 def scan_folder(folder: str | os.PathLike) -> ImageFolder:
     """Lists the image files directly inside `folder`; nothing is opened.
 
     Files are sorted by name, numbers by value (img2 before img10), alike on every machine and in every locale.
-    Sub-folders, hidden files, system files such as Thumbs.db and other extensions are ignored and listed as such.
+    Sub-folders, hidden files, system files such as Thumbs.db and other extensions are ignored and listed as `others`.
 
     Raises:
         UserError: the folder is missing, not a folder, not readable, empty or without images.
@@ -65,85 +64,75 @@ def scan_folder(folder: str | os.PathLike) -> ImageFolder:
         entries = sorted(folder.iterdir(), key=_natural_key)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); expected a folder of images") from error
-    paths, ignored = [], {}
+    paths, others = [], []
     for entry in entries:
-        reason = _why_ignored(entry)
-        if reason is None:
-            paths.append(entry)
-        else:
-            ignored.setdefault(reason, []).append(entry.name)
-    notes = tuple(
+        (paths if _why_ignored(entry) is None else others).append(entry)
+    if not paths:
+        found = "; ".join(ignored_notes(others)) or "it is empty"
+        raise UserError(f"{folder}: no images ({found}); expected files named {', '.join(EXTENSIONS)}")
+    return ImageFolder(tuple(paths), tuple(others))
+
+
+def ignored_notes(others: Sequence[Path]) -> tuple[str, ...]:
+    """Entries that are no images in a few words, one note per reason: "3 .txt files: a.txt, b.txt, c.txt"."""
+    ignored = {}
+    for entry in others:
+        ignored.setdefault(_why_ignored(entry), []).append(entry.name)
+    return tuple(
         f"{len(names)} {reason}{'s' * (len(names) > 1)}: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
         for reason, names in ignored.items()
     )
-    if not paths:
-        found = "; ".join(notes) or "it is empty"
-        raise UserError(f"{folder}: no images ({found}); expected files named {', '.join(EXTENSIONS)}")
-    return ImageFolder(tuple(paths), notes)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> Image.Image:
     """Reads a file as an upright, opaque 8-bit sRGB picture (PIL, mode RGB) that carries no metadata.
 
     EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, 16-bit,
     integer and float greys are scaled, colours are brought from the file's ICC profile to sRGB.
 
+    Args:
+        source: path of the file, or its content.
+        label: what messages call it; None is its path.
+
     Raises:
         UserError: the file is missing, empty, truncated, no picture, of a format that this Pillow cannot open, too
             small (under 16 px on a side) or so large that it may be a decompression bomb.
     """
-    path = Path(path)
+    in_memory = isinstance(source, bytes)
+    label = label or (f"{len(source)} bytes" if in_memory else str(Path(source)))
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if in_memory else source) as image:
             if image.format not in FORMATS:
-                raise UserError(f"{path}: is a {image.format} file; {_EXPECTED}")
+                raise UserError(f"{label}: is a {image.format} file; {_EXPECTED}")
             if min(image.size) < SMALLEST_SIDE_PX:
                 size = f"{image.width} x {image.height} px"
-                raise UserError(f"{path}: {size} is too small; at least {SMALLEST_SIDE_PX} px a side are needed")
+                raise UserError(f"{label}: {size} is too small; at least {SMALLEST_SIDE_PX} px a side are needed")
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation)
             picture = _opaque_srgb(image)
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        what = "is empty (0 bytes)" if path.stat().st_size == 0 else "holds no picture that this Pillow recognises"
-        raise UserError(f"{path}: {what}; {_EXPECTED}") from error
+        length = len(source) if in_memory else os.stat(source).st_size
+        what = "is empty (0 bytes)" if length == 0 else "holds no picture that this Pillow recognises"
+        raise UserError(f"{label}: {what}; {_EXPECTED}") from error
     except Image.DecompressionBombError as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-        raise UserError(f"{path}: holds more than {limit}; scale it down first") from error
+        raise UserError(f"{label}: holds more than {limit}; scale it down first") from error
     except Exception as error:  # decoders raise whatever their parsers trip over: SyntaxError, struct.error, EOFError
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read ({reason}); {_EXPECTED}") from error
+        raise UserError(f"{label}: cannot be read ({reason}); {_EXPECTED}") from error
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def check_images(paths: Sequence[str | os.PathLike]) -> None:
-    """Opens every file and reports all that cannot be used together, so that no long run stops at the last one.
-
-    Raises:
-        UserError: one line for one bad file; a heading and one line each for several.
-    """
-    problems = []
-    for path in tqdm(paths, desc="Checking images", unit="image", delay=2, leave=False, disable=None):
-        try:
-            read_image(path)
-        except UserError as error:
-            problems.append(str(error))
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        heading = f"{len(problems)} of {len(paths)} images cannot be used:"
-        raise UserError("\n  ".join([heading, *problems]))
-
-
 def fit(
-    image: Image.Image, size_px: int, *, center_crop: bool, resample: str, rng: random.Random | None
+    image: Image.Image, size_px: int | tuple[int, int], *, center_crop: bool, resample: str, rng: random.Random | None
 ) -> Image.Image:
-    """Resizes the shortest side to `size_px` and crops a square of that side.
+    """Resizes a picture until it just covers a size and crops what is over.
 
     Args:
         image: an RGB picture.
-        size_px: side of the result.
+        size_px: side of a square, or width and height.
         center_crop: crop the middle; otherwise `rng` picks the place, and without an `rng` it is the middle too.
         resample: bicubic, bilinear, box, hamming, lanczos or nearest.
         rng: draws the two offsets of a random crop; not touched by a center crop.
@@ -153,17 +142,25 @@ def fit(
     """
     if resample not in _RESAMPLING:
         raise UserError(f"interpolation {resample!r}: expected one of {', '.join(RESAMPLING)}")
-    short = min(image.size)
-    width, height = size_px * image.width // short, size_px * image.height // short
-    if center_crop or rng is None:
-        left, top = (width - size_px) // 2, (height - size_px) // 2
+    wide, high = (size_px, size_px) if isinstance(size_px, int) else size_px
+    if wide * image.height >= high * image.width:
+        width, height = wide, wide * image.height // image.width
     else:
-        left, top = rng.randint(0, width - size_px), rng.randint(0, height - size_px)
+        width, height = high * image.width // image.height, high
+    if center_crop or rng is None:
+        left, top = (width - wide) // 2, (height - high) // 2
+    else:
+        left, top = rng.randint(0, width - wide), rng.randint(0, height - high)
     # The filter reads the pixels around the box as well, so this is the crop of the resized whole, which is never
-    # built: a panorama costs no more than a square.
-    x0, x1 = left * image.width / width, (left + size_px) * image.width / width
-    y0, y1 = top * image.height / height, (top + size_px) * image.height / height
-    return image.resize((size_px, size_px), _RESAMPLING[resample], (x0, y0, x1, y1))
+    # built: a panorama costs no more than its crop.
+    x0, x1 = left * image.width / width, (left + wide) * image.width / width
+    y0, y1 = top * image.height / height, (top + high) * image.height / height
+    return image.resize((wide, high), _RESAMPLING[resample], (x0, y0, x1, y1))
+
+
+def flip(image: Image.Image) -> Image.Image:
+    """The mirror image: left and right change places."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def to_unit(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -182,23 +179,6 @@ def to_unit(images: Sequence[Image.Image]) -> torch.Tensor:
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """RGB pictures of one size -> (N, 3, H, W) float32 in [-1, 1]; raises as `to_unit` does."""
     return to_unit(images) * 2 - 1
-
-
-def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) of any float type in [-1, 1] -> N RGB pictures; `to_pil(to_tensor(x))` is x exactly.
-
-    Raises:
-        ValueError: another shape or type, or values beyond [-1, 1] or not finite; clamp a decoder's output first.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
-        raise ValueError(f"expected (N, 3, H, W) floats, got {tuple(pixels.shape)} {pixels.dtype}")
-    pixels = pixels.detach().float().cpu()
-    if pixels.numel():
-        low, high = pixels.aminmax()
-        if not (low >= -1 - 1e-5 and high <= 1 + 1e-5):  # NaN fails every comparison
-            raise ValueError(f"expected values in [-1, 1], got [{low:.4g}, {high:.4g}]")
-    pixels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)  # (N, H, W, 3)
-    return [Image.fromarray(picture) for picture in pixels.numpy()]
 
 
 def _natural_key(path: Path) -> tuple:

@@ -18,26 +18,27 @@ def load_templates(path: str | os.PathLike) -> list[str]:
     Raises:
         UserError: no such file, not UTF-8, no template in it, or a line whose braces are not one `{}`.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a text file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); expected a text file of prompts") from error
-
-    templates = []
-    for number, line in enumerate(lines, start=1):
-        template = line.strip()
-        if not template or template.startswith("#"):
-            continue
+    templates = _numbered_lines(path, "one per line, with {} for the concept")
+    for number, template in templates:
         rest = template.replace("{}", "", 1)
         if rest == template or "{" in rest or "}" in rest:
             raise UserError(f"{path}, line {number}: {template!r}: expected {{}} exactly once and no other braces")
-        templates.append(template)
-    if not templates:
-        raise UserError(f"{path}: no prompts; expected one per line, with {{}} for the concept")
-    return templates
+    return [template for _, template in templates]
+
+
+def load_prompts(path: str | os.PathLike) -> list[str]:
+    """Reads one prompt per line from a UTF-8 file; there is no concept to fill in, so braces are refused.
+
+    Blank lines and lines that start with `#` are skipped.
+
+    Raises:
+        UserError: no such file, not UTF-8, no prompt in it, or a line with braces.
+    """
+    prompts = _numbered_lines(path, "one per line")
+    for number, prompt in prompts:
+        if "{" in prompt or "}" in prompt:
+            raise UserError(f"{path}, line {number}: {prompt!r}: expected a plain prompt without braces")
+    return [prompt for _, prompt in prompts]
 
 
 def fill(template: str, concept: str) -> str:
@@ -71,3 +72,19 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"seeds {text!r}: {seed} is given twice; expected every seed once")
         seen.add(seed)
     return seeds
+
+
+def _numbered_lines(path: str | os.PathLike, expected: str) -> list[tuple[int, str]]:
+    """(line number, text) of all lines but blank ones and comments."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a text file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); expected a text file of prompts") from error
+    stripped = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    kept = [(number, text) for number, text in stripped if text and not text.startswith("#")]
+    if not kept:
+        raise UserError(f"{path}: no prompts; expected {expected}")
+    return kept

@@ -23,3 +23,10 @@ def diversity(features: torch.Tensor) -> float:
     """Mean 1 − cosine over all pairs of different pictures (N, d), N of 2 or more: 0 when all are alike."""
     n = len(features)
     return ((1 - features @ features.T).sum() / (n * (n - 1))).item()
+
+
+def drift(features: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean (1 − cosine) / 2 of row n with row n: how far pictures with an adapter (N, d) lie from the base's (N, d) on
+    the same prompts and seeds. 0: no picture changed; 1: every one became its opposite.
+    """
+    return (features - others).square().sum(1).mean().item() / 4  # of unit vectors |a − b|² = 2 − 2·cosine

@@ -1,7 +1,9 @@
 """Checkpoints: one safetensors file each, with everything that moves. What is drawn needs no state (see draws)."""
 
 import json
+import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,26 +17,44 @@ from sd_atoms.files import replacing
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 
 
+@dataclass
+class Progress:
+    """How far a run has come, besides its parameters and its optimiser."""
+
+    step: int = 0  # optimiser steps done
+    mean: dict[str, torch.Tensor] = field(default_factory=dict)  # running mean of the parameters, if one is kept
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # what is saved, at the lowest validation loss
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
 def save_checkpoint(
-    folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer, scaler, limit: int | None
+    folder: Path, progress: Progress, parameters: dict[str, nn.Parameter], optimizer, scaler, limit: int | None
 ) -> Path:
     """Writes checkpoint-<step>.safetensors, whole or not at all, then removes the oldest beyond `limit`."""
-    tensors = {f"parameter.{name}": value.detach() for name, value in parameters.items()}
-    state = optimizer.state_dict()["state"]
-    for index, entries in state.items():
+    named = {"parameter": parameters, "mean": progress.mean, "best": progress.best}
+    tensors = {f"{kind}.{name}": value.detach() for kind, values in named.items() for name, value in values.items()}
+    state = optimizer.state_dict()
+    for index, entries in state["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entries.items()}
-    scaler_state = json.dumps(scaler.state_dict() if scaler is not None else {})
-    path = folder / f"checkpoint-{step}.safetensors"
+    metadata = {
+        "format": "pt",
+        "step": str(progress.step),
+        "best": json.dumps([progress.best_loss, progress.best_step]),
+        "scaler": json.dumps(scaler.state_dict() if scaler is not None else {}),
+        "groups": json.dumps([_numbers(group) for group in state["param_groups"]]),
+    }
+    path = folder / f"checkpoint-{progress.step}.safetensors"
     with replacing(path) as temporary:
-        ready = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        save_file(ready, temporary, metadata={"format": "pt", "step": str(step), "scaler": scaler_state})
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, metadata=metadata)
     for old in checkpoints(folder)[:-limit] if limit else []:
-        old.unlink()
+        if old != path:
+            old.unlink()
     return path
 
 
-def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, scaler) -> int:
-    """Puts everything back in place; returns the number of optimiser steps done.
+def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, scaler) -> Progress:
+    """Puts everything back in place.
 
     Raises:
         UserError: the file is corrupt or belongs to another run.
@@ -44,23 +64,41 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         step, scaler_state = int(metadata["step"]), json.loads(metadata["scaler"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        (best_loss, best_step), groups = json.loads(metadata["best"]), json.loads(metadata["groups"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
-    saved = {key.removeprefix("parameter."): v for key, v in tensors.items() if key.startswith("parameter.")}
+    saved = _of_kind(tensors, "parameter")
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in parameters.items()}:
         raise UserError(f"{path}: belongs to a run with other trained parameters")
+    state = optimizer.state_dict()
+    if len(groups) != len(state["param_groups"]):
+        raise UserError(f"{path}: belongs to a run with other groups of parameters")
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value)
-    state = optimizer.state_dict()
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state["state"].setdefault(int(index), {})[name] = value
+    for group, numbers in zip(state["param_groups"], groups, strict=True):
+        group.update(numbers)
     optimizer.load_state_dict(state)
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
-    return step
+    device = next(iter(parameters.values())).device
+    mean, best = (
+        {name: value.to(device) for name, value in _of_kind(tensors, kind).items()} for kind in ("mean", "best")
+    )
+    return Progress(step, mean, best, best_loss, best_step)
+
+
+def _of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(f"{kind}."): value for key, value in tensors.items() if key.startswith(f"{kind}.")}
+
+
+def _numbers(group: dict) -> dict[str, float]:
+    """The numbers that an optimiser keeps in a group; some move, such as Prodigy's d."""
+    return {key: value for key, value in group.items() if isinstance(value, (int, float)) and key != "lr"}
 
 
 def checkpoints(folder: Path) -> list[Path]:

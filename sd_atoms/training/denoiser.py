@@ -1,21 +1,26 @@
 """The network that is trained, as one module, so that one wrapper (DDP, autocast) sees all of it."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sd_atoms.tuner import AtomsLayer
+
 
 class Denoiser(nn.Module):
-    """UNet and text encoder: (noisy latents, timesteps, token ids) -> prediction."""
+    """UNet and text encoder: (noisy latents, timesteps, token ids or text states) -> prediction."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """(B, c, h, w), (B,), (B, 77) -> (B, c, h, w)."""
-        states = self.text_encoder(token_ids)[0]  # (B, 77, d)
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(B, c, h, w), (B,), token ids (B, 77) or states (B, 77, d) -> (B, c, h, w)."""
+        states = text if text.is_floating_point() else self.text_encoder(text)[0]  # (B, 77, d)
         return self.unet(noisy, timesteps, states).sample
 
 
@@ -54,3 +59,17 @@ class TrainedRows(nn.Module):
         """Puts the rows into the table and returns it."""
         self.table.weight[self.row_ids] = self.rows.to(self.table.weight)
         return self.table
+
+
+@contextlib.contextmanager
+def adapters_off(unet: nn.Module) -> Iterator[None]:
+    """The base alone for a while; unlike PEFT's own switch it leaves alone what requires gradients."""
+    layers = [module for module in unet.modules() if isinstance(module, AtomsLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value

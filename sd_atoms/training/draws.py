@@ -5,6 +5,7 @@ draws what an uninterrupted one would, and a step of 4 pictures is the same step
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,25 +15,46 @@ class Draw(NamedTuple):
     """What sample n consists of: indices, a timestep, and unit noise for the latent and for the diffusion."""
 
     image: int
-    template: int
+    prompt: int  # among the prompts of that image
     timestep: int
     latent_noise: torch.Tensor  # (c, h, w)
     noise: torch.Tensor  # (c, h, w)
+    mirrored: float  # in [0, 1): compared with the share of mirrored samples
+    dropped: float  # in [0, 1): compared with the share of empty prompts
+    whole_noise: torch.Tensor  # (c, 1, 1)
 
 
-def draw(seed: int, n: int, images: int, templates: int, timesteps: int, shape: tuple[int, ...]) -> Draw:
-    """Sample n of a run: each epoch goes through all images once, in an order of its own."""
-    epoch, place = divmod(n, images)
-    order = torch.randperm(images, generator=generator(seed, "order", epoch))
-    own = generator(seed, "sample", n)
-    template = torch.randint(templates, (), generator=own).item()
-    timestep = torch.randint(timesteps, (), generator=own).item()
+def draw(
+    seed: int,
+    n: int,
+    prompts: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    timesteps: int,
+    purpose: str = "sample",
+) -> Draw:
+    """Sample n of a run: each epoch goes through all images once, in an order of its own.
+
+    Args:
+        seed: of the run.
+        n: the sample's number.
+        prompts: per image, how many prompts it has.
+        shapes: per image, the shape of its latents (c, h, w).
+        timesteps: how many the noise schedule has.
+        purpose: other purposes draw other numbers.
+    """
+    epoch, place = divmod(n, len(prompts))
+    order_of = "order" if purpose == "sample" else f"{purpose} order"
+    image = torch.randperm(len(prompts), generator=generator(seed, order_of, epoch))[place].item()
+    own = generator(seed, purpose, n)
     return Draw(
-        image=order[place].item(),
-        template=template,
-        timestep=timestep,
-        latent_noise=torch.randn(shape, generator=own),
-        noise=torch.randn(shape, generator=own),
+        image=image,
+        prompt=torch.randint(prompts[image], (), generator=own).item(),
+        timestep=torch.randint(timesteps, (), generator=own).item(),
+        latent_noise=torch.randn(shapes[image], generator=own),
+        noise=torch.randn(shapes[image], generator=own),
+        mirrored=torch.rand((), generator=own).item(),
+        dropped=torch.rand((), generator=own).item(),
+        whole_noise=torch.randn((shapes[image][0], 1, 1), generator=own),
     )
 
 

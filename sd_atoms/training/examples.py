@@ -1,44 +1,80 @@
-"""The training set of a concept: latents and prompts, both made once."""
+"""The training set of a run: latents and prompts, both made once and kept in memory, on disk too if asked for."""
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
-from sd_atoms.data.images import fit, read_image, to_tensor
+from sd_atoms.data.buckets import bucket_sizes, nearest
+from sd_atoms.data.images import fit, flip, to_tensor
+from sd_atoms.data.pictures import Picture
+from sd_atoms.files import replacing
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Posterior of every picture under the VAE: mean and std, (N, c, h, w) float32 on the CPU."""
+class Latents(NamedTuple):
+    """Posterior of one picture under the VAE: mean and std, (c, h, w) float32 on the CPU."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def sample(self, image: int, noise: torch.Tensor) -> torch.Tensor:
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
         """mean + std·noise, (c, h, w)."""
-        return self.mean[image] + self.std[image] * noise
+        return self.mean + self.std * noise
 
 
-@torch.no_grad()
-def encode_images(
-    vae, paths: Sequence[Path], resolution: int, center_crop: bool, interpolation: str, seed: int
-) -> Latents:
-    """Reads, crops and encodes every picture once; scaled by the VAE's own factor.
+class Example(NamedTuple):
+    """A picture to learn from: its latents, mirrored too where that is asked for, and which prompts go with it."""
+
+    latents: Latents
+    mirrored: Latents | None
+    prompts: tuple[int, ...]  # indices of the run's prompts
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """How pictures become training pictures."""
+
+    resolution: int  # px
+    unit: int  # px that sides are multiples of
+    buckets: bool
+    center: bool
+    interpolation: str
+    flip: bool
+    seed: int
+
+
+def crop(picture: Picture, how: Cropping) -> Image.Image:
+    """A picture in its training size; the place of the crop depends on nothing but the picture's name and the seed."""
+    place = random.Random(f"{how.seed}/{Path(picture.name).name}")
+    image = picture.read()
+    size = how.resolution
+    if how.buckets:
+        size = nearest(image.size, bucket_sizes(how.resolution, how.unit))
+    return fit(image, size, center_crop=how.center, resample=how.interpolation, rng=place)
+
+
+def encode_pictures(
+    vae, pictures: Sequence[Picture], how: Cropping, cache: Path | None
+) -> list[tuple[Latents, Latents | None]]:
+    """Reads, crops and encodes every picture once, and its mirror image with `how.flip`.
 
     One at a time and in float32: the VAE of Stable Diffusion overflows in fp16, and a batch would change last bits.
     """
-    means, stds = [], []
-    for path in tqdm(paths, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
-        place = random.Random(f"{seed}/{path.name}")  # the crop of a picture depends on nothing but itself
-        picture = fit(read_image(path), resolution, center_crop=center_crop, resample=interpolation, rng=place)
-        posterior = vae.encode(to_tensor([picture]).to(vae.device, vae.dtype)).latent_dist
-        means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
-        stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
-    return Latents(torch.cat(means), torch.cat(stds))
+    encode = _encoder(vae, cache)
+    found = []
+    for picture in tqdm(pictures, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
+        image = crop(picture, how)
+        found.append((encode(image), encode(flip(image)) if how.flip else None))
+    return found
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
@@ -46,3 +82,66 @@ def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
     return tokenizer(
         prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
+
+
+@torch.no_grad()
+def encode_prompts(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> torch.Tensor:
+    """States (P, 77, d) of a text encoder that is not trained, one prompt at a time, on the CPU in its dtype."""
+    states, own = [], None
+    for ids in token_ids:
+        if cache is None:
+            states.append(_text_states(text_encoder, ids))
+            continue
+        own = own or fingerprint(text_encoder)
+        path = cache / "text" / f"{_hash(own, ids.numpy().tobytes())}.safetensors"
+        states.append(_kept(path, lambda ids=ids: {"states": _text_states(text_encoder, ids)})["states"])
+    return torch.stack(states)
+
+
+def fingerprint(module: nn.Module) -> bytes:
+    """A hash of all weights and their dtype: cached results count for this very network."""
+    content = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return content.digest()
+
+
+def _text_states(text_encoder, ids: torch.Tensor) -> torch.Tensor:
+    return text_encoder(ids.unsqueeze(0).to(text_encoder.device))[0][0].cpu()
+
+
+def _encoder(vae, cache: Path | None) -> Callable[[Image.Image], Latents]:
+    own = fingerprint(vae) if cache is not None else None
+
+    @torch.no_grad()
+    def encode(image: Image.Image) -> dict[str, torch.Tensor]:
+        posterior = vae.encode(to_tensor([image]).to(vae.device, vae.dtype)).latent_dist
+        scale = vae.config.scaling_factor
+        return {"mean": posterior.mean[0].float().cpu() * scale, "std": posterior.std[0].float().cpu() * scale}
+
+    def cached(image: Image.Image) -> Latents:
+        if cache is None:
+            return Latents(**encode(image))
+        key = _hash(own, f"{image.size}".encode(), image.tobytes())
+        return Latents(**_kept(cache / "latents" / f"{key}.safetensors", lambda: encode(image)))
+
+    return cached
+
+
+def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors in a file of the cache; made and written if it is not there or broken."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        tensors = {name: value.contiguous() for name, value in make().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+        return tensors
+
+
+def _hash(*parts: bytes) -> str:
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(len(part).to_bytes(8, "big") + part)
+    return content.hexdigest()

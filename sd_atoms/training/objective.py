@@ -3,23 +3,31 @@
 import torch
 from diffusers import DDPMScheduler
 
+from sd_atoms.errors import UserError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-def noising(base_scheduler, prediction_type: str | None) -> DDPMScheduler:
+def noising(base_scheduler, prediction_type: str | None, zero_snr: bool = False) -> DDPMScheduler:
     """The training noise schedule of a base, whatever sampler it ships with.
 
+    Args:
+        base_scheduler: the pipeline's.
+        prediction_type: what the base predicts; None = as its scheduler says.
+        zero_snr: rescale the schedule so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
+
     Raises:
-        ValueError: the base predicts something else than epsilon or v.
+        UserError: the base predicts something else than epsilon or v, or zero_snr comes with epsilon, which pure
+            noise tells nothing about.
     """
-    schedule = DDPMScheduler.from_config(base_scheduler.config)
-    if prediction_type is not None:
-        schedule.register_to_config(prediction_type=prediction_type)
-    if schedule.config.prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"the base predicts {schedule.config.prediction_type!r}; {', '.join(PREDICTION_TYPES)} are trained"
-        )
-    return schedule
+    own = base_scheduler.config
+    prediction_type = prediction_type or own.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(f"the base predicts {prediction_type!r}; {', '.join(PREDICTION_TYPES)} are trained")
+    zero_snr = zero_snr or own.get("rescale_betas_zero_snr", False)
+    if zero_snr and prediction_type == "epsilon":
+        raise UserError("rescale_betas_zero_snr needs a base that predicts v_prediction; this one predicts epsilon")
+    return DDPMScheduler.from_config(own, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
 
 
 def target(
@@ -31,6 +39,42 @@ def target(
     return noise
 
 
-def losses(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each picture, (B, c, h, w) -> (B,), in float32."""
-    return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+def losses(
+    prediction: torch.Tensor, wanted: torch.Tensor, kind: str = "l2", c: float | torch.Tensor = 0.1
+) -> torch.Tensor:
+    """Mean distance of each picture, (B, c, h, w) -> (B,), in float32.
+
+    Args:
+        prediction, wanted: of one shape.
+        kind: "l2", d²; "huber", 2c·(√(d² + c²) − c), d² near zero and 2c·|d| far from it; "smooth_l1", the same
+            divided by c, so that it is 2·|d| far from zero.
+        c: where squares turn into lines.
+    """
+    difference = prediction.float() - wanted.float()
+    if kind == "l2":
+        return difference.square().flatten(1).mean(1)
+    # √(d² + c²) − c in a form that does not cancel near zero
+    pseudo = difference.square() / ((difference.square() + c * c).sqrt() + c)
+    return ((2 * c if kind == "huber" else 2) * pseudo).flatten(1).mean(1)
+
+
+def snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Min-SNR weights of a loss on the scheduler's own target, (B,) (Hang et al. 2023, section 3.4).
+
+    The weight of a loss on x₀ is min(SNR, γ). The squared error of ε is SNR times that of x₀, the one of v (SNR + 1)
+    times; so min(SNR, γ)/SNR, and min(SNR, γ)/(SNR + 1). Where SNR is zero the former would be 0/0: it is 1 there, its
+    limit.
+    """
+    alphas = schedule.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
+    snr = alphas / (1 - alphas)
+    if schedule.config.prediction_type == "v_prediction":
+        return (snr.clamp(max=gamma) / (snr + 1)).float()
+    return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr)).float()
+
+
+def offset(noise: torch.Tensor, whole: torch.Tensor, strength: float) -> torch.Tensor:
+    """ε + strength · (one number per picture and channel), which lets a picture's mean colour move.
+
+    (B, c, h, w) and (B, c, 1, 1) -> (B, c, h, w)
+    """
+    return noise + strength * whole if strength else noise

@@ -19,14 +19,14 @@ from sd_atoms.settings import to_yaml
 from sd_atoms.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
-CHECKPOINTS, ADAPTER, IMAGES, CURVES = "checkpoints", "adapter", "images", "logs"
+CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE = "checkpoints", "adapter", "images", "logs", "share"
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 # a resumed run may differ from its start in these: they change no trained number that is already fixed
 FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "prompts_file",
     "num_instance_images", "guidance_scale", "num_inference_steps", "scheduler", "clip_model_name_or_path",
-    "report_to",
+    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir",
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def open_run(config: TrainConfig, processes: int) -> None:
     """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow."""
     folder = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES):
+        for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE):
             shutil.rmtree(folder / entry, ignore_errors=True)
         for path in [folder / entry for entry in (LOG, METRICS, CONFIG, ENVIRONMENT)] + [
             *folder.glob("*.safetensors")
@@ -105,7 +105,7 @@ def cut_log(path: Path, step: int) -> None:
 def _check_same_settings(config: TrainConfig, path: Path) -> None:
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = dataclasses.asdict(config)
+        now = yaml.safe_load(to_yaml(config))
         changed = [
             f"{key} was {before.get(key)!r}, now {value!r}"
             for key, value in now.items()

@@ -1,0 +1,140 @@
+"""Captions beside pictures: a text file for each, or one metadata.jsonl for all."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sd_atoms.errors import UserError
+
+METADATA = "metadata.jsonl"
+CAPTION_KEYS = ("text", "caption", "prompt")
+
+_AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
+
+
+def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Reads the captions of `paths`, all directly inside `folder`; empty if there are no caption files.
+
+    The caption of a.png is the text of a.txt, or stands in metadata.jsonl: one JSON object per line with `file_name`
+    and one of `text`, `caption` and `prompt`. Pictures of one stem share a text file.
+
+    Raises:
+        UserError: everything that is wrong: files that are not UTF-8 or not JSON, entries without a picture or a
+            caption, pictures with two captions, with an empty one, or with none while others have some.
+    """
+    captions, problems, complete = _entries(folder / METADATA, paths)
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            continue
+        if path in captions:
+            problems.append(f"{beside}: {path.name} has a caption in {METADATA} too; expected it in one of the two")
+            continue
+        captions[path] = ""
+        try:
+            captions[path] = tidy(_read(beside))
+            if not captions[path]:
+                problems.append(f"{beside}: is empty; expected a caption")
+        except UserError as error:
+            problems.append(str(error))
+    without = [path.name for path in paths if path not in captions]
+    if without and complete and caption_files(folder, paths):
+        problems.append(
+            f"{folder}: {len(without)} of {len(paths)} pictures have no caption: {', '.join(without)}; expected "
+            f"<stem>.txt or an entry in {METADATA} for all or for none"
+        )
+    problems = list(dict.fromkeys(problems))  # a text file of two pictures is wrong once
+    refuse(problems, f"{folder}: {len(problems)} mistakes in the captions:")
+    return captions
+
+
+def caption_files(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """The files in `folder` that hold captions of `paths`; nothing is opened."""
+    candidates = dict.fromkeys([*(path.with_suffix(".txt") for path in paths), folder / METADATA])
+    return [file for file in candidates if file.is_file()]
+
+
+def tidy(text: str) -> str:
+    """A caption as a prompt: stripped and on one line."""
+    return " ".join(text.strip().splitlines())
+
+
+def refuse(problems: Sequence[str], heading: str) -> None:
+    """Raises all problems as one error; none is silence.
+
+    Args:
+        problems: one line each.
+        heading: the line above several.
+
+    Raises:
+        UserError: one line for one problem; the heading and an indented line each for several.
+    """
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError("\n  ".join([heading, *problems]))
+
+
+def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str], bool]:
+    """Captions in metadata.jsonl, what is wrong with it, and whether every line says which picture it is for.
+
+    A picture whose entry is wrong has the caption "".
+    """
+    if not metadata.is_file():
+        return {}, [], True
+    try:
+        lines = _read(metadata).split("\n")
+    except UserError as error:
+        return {}, [str(error)], False
+    by_name = {path.name: path for path in paths}
+    captions, problems, complete, seen = {}, [], True, {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{metadata}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{where}: is not valid JSON ({error}); expected one object per line as {_AN_ENTRY}")
+            complete = False
+            continue
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            problems.append(f"{where}: names no picture; expected {_AN_ENTRY}")
+            complete = False
+            continue
+        path = by_name.get(os.path.normpath(name))
+        if path is None:
+            problems.append(f"{where}: {name!r} is no picture directly inside this folder")
+        elif path in seen:
+            problems.append(f"{where}: {name!r} has an entry in line {seen[path]} already; expected one per picture")
+        else:
+            seen[path] = number
+            captions[path] = ""
+            try:
+                captions[path] = _caption(entry)
+            except ValueError as error:
+                problems.append(f"{where}: {name!r} {error}")
+    return captions, problems, complete
+
+
+def _caption(entry: dict) -> str:
+    keys = [key for key in CAPTION_KEYS if key in entry]
+    if len(keys) != 1:
+        raise ValueError(f"has {' and '.join(keys) or 'no caption'}; expected one of {', '.join(CAPTION_KEYS)}")
+    value = entry[keys[0]]
+    if not isinstance(value, str):
+        raise ValueError(f"has a {keys[0]} that is a {type(value).__name__}; expected text")
+    if not value.strip():
+        raise ValueError(f"has an empty {keys[0]}; expected a caption")
+    return tidy(value)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); expected captions") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 (byte {error.start}); expected captions in UTF-8") from error

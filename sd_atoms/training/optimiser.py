@@ -1,0 +1,128 @@
+"""Which numbers are trained at which rate, by which optimiser, and their running mean."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from sd_atoms.errors import UserError
+from sd_atoms.training.config import TrainConfig
+
+# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md). Prodigy finds its own rate and wants 1.
+DEFAULT_RATES = {
+    "shared atoms": 1e-2,
+    "overcomplete atoms": 1e-2,
+    "block atoms": 1e-3,
+    "β": 1e-3,
+    "token": 1e-3,
+    "text atoms": 1e-3,
+    "text lora": 1e-4,
+}
+RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "text_learning_rate")
+
+
+def with_rates(config: TrainConfig) -> TrainConfig:
+    """The same settings with every learning rate that was left open filled in."""
+    mode = "overcomplete atoms" if config.m1 else "shared atoms" if config.m else "block atoms"
+    usual = dict(
+        zip(
+            RATE_NAMES,
+            (DEFAULT_RATES[key] for key in (mode, "β", "token", f"text {config.text_adapter}")),
+            strict=True,
+        )
+    )
+    if config.optimizer == "prodigy":
+        usual = dict.fromkeys(RATE_NAMES, 1.0)
+    left_open = {name: rate for name, rate in usual.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **left_open)
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict]:
+    """The trained numbers by learning rate: atoms, β, embedding rows, the text encoder's adapter."""
+    groups = {rate: [] for rate in RATE_NAMES}
+    for name, parameter in parameters.items():
+        if ".trained." in name:
+            groups["token_learning_rate"].append(parameter)
+        elif name.startswith("text_encoder."):
+            groups["text_learning_rate"].append(parameter)
+        elif "atoms_beta" in name:
+            groups["beta_learning_rate"].append(parameter)
+        else:
+            groups["learning_rate"].append(parameter)
+    return [{"params": members, "lr": getattr(config, rate)} for rate, members in groups.items() if members]
+
+
+def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of the run.
+
+    Raises:
+        UserError: its package is not installed, or it does not work on this device.
+    """
+    settings = dict(
+        betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay, eps=config.adam_epsilon
+    )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    if config.optimizer == "adamw8bit":
+        if groups[0]["params"][0].device.type == "cpu":
+            raise UserError("optimizer: adamw8bit needs a graphics card; adamw is the same in full precision")
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError('optimizer: adamw8bit needs `pip install "sd-atoms[8bit]"`') from error
+        return AdamW8bit(groups, **settings)
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise UserError('optimizer: prodigy needs `pip install "sd-atoms[prodigy]"`') from error
+    rates = sorted({group["lr"] for group in groups})
+    if len(rates) > 1:
+        raise UserError(f"optimizer: prodigy takes one learning rate for all, got {', '.join(map(str, rates))}")
+    return Prodigy(groups, **settings, decouple=True, safeguard_warmup=True)
+
+
+def rate_schedule(config: TrainConfig, steps: int) -> Callable[[float], float]:
+    """Optimiser step -> factor of the learning rates, whatever the processes and the accumulation."""
+    nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    return get_scheduler(
+        config.lr_scheduler,
+        nothing,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    ).lr_lambdas[0]
+
+
+@torch.no_grad()
+def update_mean(
+    mean: dict[str, torch.Tensor], parameters: Mapping[str, nn.Parameter], decay: float, step: int
+) -> None:
+    """mean ← d·mean + (1 − d)·parameters after optimiser step `step` (from 1), d rising to `decay`.
+
+    In the first steps the mean would otherwise be of the start: d = min(decay, step / (step + 9)).
+    """
+    weight = 1 - min(decay, step / (step + 9))
+    for name, parameter in parameters.items():
+        mean[name].lerp_(parameter, weight)
+
+
+@contextlib.contextmanager
+def values_of(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Other values in the parameters for a while; an empty mapping changes nothing."""
+    before = {name: parameters[name].detach().clone() for name in values}
+    put(parameters, values)
+    try:
+        yield
+    finally:
+        put(parameters, before)
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """Writes values into the parameters of the same names."""
+    for name, value in values.items():
+        parameters[name].copy_(value)

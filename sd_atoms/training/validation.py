@@ -1,0 +1,43 @@
+"""A loss that can be compared between steps: the same pictures, noise and timesteps every time."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sd_atoms.training.batch import Sample, Texts, loss_of
+from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.draws import generator
+from sd_atoms.training.examples import Example
+from sd_atoms.training.objective import target
+
+TIMESTEPS = 8  # evenly over the noise schedule: a loss is mostly noise of its timestep
+
+
+@torch.no_grad()
+def validation_loss(plain, examples: Sequence[Example], texts: Texts, config: TrainConfig, schedule, accelerator):
+    """Mean loss over every example at `TIMESTEPS` timesteps, each with noise of its own, by its first prompt.
+
+    Nothing of the training moves: no draw is taken from it, and min-SNR weights and dropped captions are left out.
+    The processes share the work; all must call it, and all get the same number.
+    """
+    fixed = _samples(examples, config.seed, schedule)
+    found = torch.zeros(len(fixed), device=accelerator.device)
+    plain.eval()
+    for place in range(accelerator.process_index, len(fixed), accelerator.num_processes):
+        found[place] = loss_of([fixed[place]], plain, plain, texts, config, accelerator.device)[0]
+    plain.train()
+    # every place was filled by one process, so the sum over them is exact
+    return accelerator.reduce(found, "sum").mean().item()
+
+
+def _samples(examples: Sequence[Example], seed: int, schedule) -> list[Sample]:
+    made, steps = [], schedule.config.num_train_timesteps
+    for number, example in enumerate(examples):
+        clean = example.latents.mean.unsqueeze(0)
+        for part in range(TIMESTEPS):
+            timestep = torch.tensor([int((part + 0.5) / TIMESTEPS * steps)])
+            noise = torch.randn(clean.shape, generator=generator(seed, "validation", number * TIMESTEPS + part))
+            noisy = schedule.add_noise(clean, noise, timestep)[0]
+            wanted = target(schedule, clean, noise, timestep)[0]
+            made.append(Sample(noisy, wanted, timestep.item(), example.prompts[0], 1.0))
+    return made
