@@ -1,12 +1,21 @@
 """The settings of a filter-atom adapter."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from peft import PeftConfig
 
 from sd_atoms.atoms import FORMS
 
 PEFT_TYPE = "FILTER_ATOMS"
+
+
+class AtomsType(str, Enum):
+    """PEFT's own kinds are strings of such an enum, and its callers ask for their `value`."""
+
+    FILTER_ATOMS = PEFT_TYPE
+
+
 SOLVERS = ("svd", "sparse")
 BLOCK_LAYERS = ("pointwise", "all")
 
@@ -99,7 +108,7 @@ class AtomsConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = AtomsType.FILTER_ATOMS
         wrong = [
             f"{name}={getattr(self, name)!r}: an integer from 0 on is allowed"
             for name in ("m", "m1", "kc", "m_c", "seed")
