@@ -6,12 +6,13 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from sd_atoms.errors import UserError
 from sd_atoms.machine import usable_cores
 
 T = TypeVar("T")
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -28,7 +29,7 @@ def make_accelerator(**settings) -> Accelerator:
     """An Accelerator whose CPU threads are in use; `logging_dir` switches TensorBoard on.
 
     Raises:
-        UserError: the device cannot work in the precision asked for.
+        UserError: the device cannot work in the precision asked for, or weights would be sharded.
     """
     logging_dir = settings.pop("logging_dir", None)
     if logging_dir is not None:
@@ -38,6 +39,11 @@ def make_accelerator(**settings) -> Accelerator:
         accelerator = Accelerator(**settings)
     except ValueError as error:  # such as fp16 on a CPU
         raise UserError(f"mixed_precision: {settings.get('mixed_precision')} does not work here ({error})") from error
+    if accelerator.distributed_type in SHARDING:
+        raise UserError(
+            f"accelerate: distributed_type {accelerator.distributed_type.value} shards what is trained, here a few "
+            "thousand numbers; MULTI_GPU is allowed (configs/accelerate/several_gpus.yaml)"
+        )
     use_all_cores(accelerator)
     return accelerator
 
