@@ -427,3 +427,71 @@ def test_the_shape_of_what_texts_hold(pipe):
     assert isinstance(texts, Texts)
     assert texts.inputs.is_floating_point()  # states: nothing of the text encoder moves
     assert texts.inputs.shape[:2] == (len(dataset.prompts), 77)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_half_precision_run_resumes_in_place_with_float32_numbers(tmp_path, precision):
+    # small, since many CPUs only emulate half precision
+    settings = dict(mixed_precision=precision, checkpointing_steps=1, lr_scheduler="constant", resolution=32)
+    folder = run(tmp_path / "run", **settings, max_train_steps=1)
+    first = numbers(folder)
+    for steps in (2, 3):  # resumed twice: steps are counted over the whole run
+        words = ["--resume_from_checkpoint", "latest", "--max_train_steps", str(steps)]
+        assert train_main(["--config", str(folder / "config.yaml"), *words]) == 0
+    assert [entry["step"] for entry in log(folder)] == [1, 2, 3]
+    assert {value.dtype for value in numbers(folder).values()} == {torch.float32}
+    assert same(numbers(folder), numbers(run(tmp_path / "straight", **settings, max_train_steps=3)))
+    assert not same(numbers(folder), first)  # a resumed run does not write the old adapter again
+    checkpoint = load_file(folder / "checkpoints" / "checkpoint-3.safetensors")
+    assert {value.dtype for key, value in checkpoint.items() if key.startswith("optimizer")} == {torch.float32}
+    # and it is the one adapter still, no `default_0` beside it
+    assert all(key.endswith(".default") or ".trained." in key for key in checkpoint if key.startswith("parameter"))
+
+
+def test_a_run_that_learned_nothing_fails_loudly(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "learning_rate": 1e-50, "output_dir": str(tmp_path / "run")}))
+    assert train_main(["--config", str(path)]) == 2
+    assert "training changed no atom" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "steps"), [(1, 1, 10), (2, 1, 5), (2, 2, 3)])
+def test_epochs_are_counted_in_pictures_whatever_the_batch(tmp_path, batch, accumulation, steps):
+    folder = run(
+        tmp_path / "run", max_train_steps=99, num_train_epochs=2, train_batch_size=batch,
+        gradient_accumulation_steps=accumulation, lr_scheduler="linear", resolution=32,
+    )  # fmt: skip
+    rates = [entry["learning_rate"] for entry in log(folder)]
+    assert len(rates) == steps  # the concept has five pictures
+    expected = [1e-2 * (1 - (step + 0.5) / steps) for step in range(steps)]
+    np.testing.assert_allclose(rates, expected)
+
+
+def test_pictures_on_the_way_are_drawn_by_the_pipeline_that_knows_the_new_word(tmp_path, monkeypatch):
+    from sd_atoms.recipes import personalise
+
+    seen = []
+
+    def watched(pipe, requests, *rest):
+        seen.append((pipe.tokenizer(requests[0].prompt).input_ids, pipe.tokenizer.convert_tokens_to_ids("<castle>")))
+        return generate(pipe, requests, *rest)
+
+    generate = personalise.generate
+    monkeypatch.setattr(personalise, "generate", watched)
+    run(tmp_path / "run", validation_prompt="a <castle> at night", validation_steps=1, num_validation_images=1)
+    assert len(seen) == 2
+    for ids, token in seen:
+        assert ids.count(token) == 1
+
+
+def test_half_precision_falls_back_to_float32_with_one_line_on_a_mac(monkeypatch, capsys):
+    from sd_atoms.recipes.machine import precision_here
+
+    assert precision_here("bf16") == "bf16"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert precision_here("no") == "no"
+    assert capsys.readouterr().err == ""
+    for wanted in ("fp16", "bf16"):
+        assert precision_here(wanted) == "no"
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,7 @@
 """Setting a process up for work."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,6 +24,16 @@ def use_all_cores(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, usable_cores() // here))
+
+
+def precision_here(wanted: str) -> str:
+    """The mixed precision asked for, or "no" on Apple's cards, whose half precision torch does not train in."""
+    if wanted != "no" and torch.backends.mps.is_available() and not torch.cuda.is_available():
+        print(
+            f"warning: mixed_precision: {wanted} does not work on this Mac; training goes on in fp32", file=sys.stderr
+        )
+        return "no"
+    return wanted
 
 
 def make_accelerator(**settings) -> Accelerator:
