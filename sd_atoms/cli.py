@@ -1,6 +1,9 @@
 """The command line: words in, objects out. What a command needs is imported inside it."""
 
+import errno
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,6 +50,15 @@ def _train(words: list[str], program: str) -> None:
         raise SystemExit(128 + stop.signal_number) from None
 
 
+def _doctor(words: list[str], program: str) -> None:
+    from sd_atoms.training.config import TrainConfig
+
+    config = _settings(TrainConfig, words, program, "Lists what is wrong or odd about a training run; starts none.")
+    from sd_atoms.recipes.doctor import doctor
+
+    doctor(config)
+
+
 def _generate(words: list[str], program: str) -> None:
     from sd_atoms.recipes.draw import DrawConfig
 
@@ -63,6 +75,19 @@ def _drift(words: list[str], program: str) -> None:
     from sd_atoms.recipes.drift import report_drift
 
     report_drift(config)
+
+
+def _sweep(words: list[str], program: str) -> None:
+    from sd_atoms.recipes import sweep_command
+    from sd_atoms.training.interrupt import Interrupted
+
+    words = [_underscored(word) for word in words]
+    try:
+        _delegate(sweep_command, words, program, "Trains a run per point of a grid of settings, and makes one table.")
+    except Interrupted as stop:
+        again = shlex.join(word for word in words if word != "--overwrite")
+        _say(f"\nStopped after step {stop.step}; {stop.checkpoint} is saved. To go on:\n  {program} {again}")
+        raise SystemExit(128 + stop.signal_number) from None
 
 
 def _inspect(words: list[str], program: str) -> None:
@@ -95,8 +120,10 @@ def _pretrain_pocket(words: list[str], program: str) -> None:
 
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "train": _train,
+    "doctor": _doctor,
     "generate": _generate,
     "drift": _drift,
+    "sweep": _sweep,
     "inspect": _inspect,
     "share": _share,
     "bench": _bench,
@@ -142,7 +169,12 @@ def _run(job: Callable[[], None]) -> int:
     try:
         job()
     except UserError as error:
-        _say(f"error: {error}")
+        _say("error: " + re.sub(r"[\r\n]+(?!  )", " ", str(error)))  # a name may hold line breaks; lists are indented
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # every look at such a path fails, whoever takes it
+            raise
+        _say(f"error: {str(error.filename)[:100]!r}…: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 130

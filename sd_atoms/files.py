@@ -4,11 +4,14 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from sd_atoms.errors import UserError
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)")  # as `replacing` calls them
 
 
 @contextlib.contextmanager
@@ -42,6 +45,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: str | os.PathLike) -> list[Path]:
+    """Temporary files of `replacing` anywhere in a folder: what a killed process could not remove."""
+    found = [(path, _TEMPORARY.fullmatch(path.name)) for path in Path(folder).rglob(".*")]
+    return [path for path, match in found if match and Path(match["name"]).suffix == match["suffix"]]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

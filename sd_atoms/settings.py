@@ -7,6 +7,8 @@ reported at once.
 import argparse
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,11 @@ def setting(
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required)
     metadata |= dict(unless=unless, item=item)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict, _short.maxset = 3, 6, 6, 6, 6
+_short.maxstring = _short.maxother = _short.maxlong = 300
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,11 +105,11 @@ def resolve(
     values = {}
     for origin, entries in ((config_path, read_yaml(config_path) if config_path else {}), (None, flags)):
         for name, value in entries.items():
-            where = f"--{name}" if origin is None else str(name)
             try:
                 values[name] = _value(settings, fields, name, value)
             except ValueError as error:
-                problems.append(str(error) if name not in fields else f"{where}: {error}")
+                where = "" if name not in fields else f"--{name}: " if origin is None else f"{name}: "
+                problems.append(f"{where}{error}")
     reported = {problem.split(":")[0].lstrip("-") for problem in problems}
     for name, field in fields.items():
         excused = any(values.get(other) is not None for other in field.metadata["unless"])
@@ -122,13 +129,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: no such file, not YAML, or not a mapping.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: not valid YAML{line} ({getattr(error, 'problem', error)})") from error
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{path}: not valid YAML{line} ({reason})") from error
+    except (ValueError, RecursionError) as error:  # a date such as 2024-13-45, lists in lists in lists …
+        raise UserError(f"{path}: not valid YAML ({error})") from error
     if entries is None:
         return {}
     if not isinstance(entries, dict):
@@ -141,9 +151,17 @@ def to_yaml(values: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True, width=119)
 
 
+def shown(value: Any) -> str:
+    """A value for a message: its repr, cut where it is long, which in YAML with aliases can be without end."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4300 digits
+        return "so large a number"
+
+
 def _value(settings: type, fields: Mapping[str, dataclasses.Field], name: Any, value: Any) -> Any:
     if name not in fields:
-        raise ValueError(f"unknown key {name!r}{_near(str(name), fields)}")
+        raise ValueError(f"unknown key {shown(name)}{_near(name if isinstance(name, str) else '', fields)}")
     item = fields[name].metadata["item"]
     if item is None or value is None:
         return _coerce(fields[name], _kind(settings, name), value)
@@ -153,7 +171,7 @@ def _value(settings: type, fields: Mapping[str, dataclasses.Field], name: Any, v
 def _items(item: type, entries: Any) -> tuple:
     """A list of mappings as settings, all mistakes in one ValueError."""
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{entries!r} is not a list of `name: value` mappings")
+        raise ValueError(f"{shown(entries)} is not a list of `name: value` mappings")
     fields = {field.name: field for field in dataclasses.fields(item)}
     made, problems = [], []
     for number, entry in enumerate(entries):
@@ -185,15 +203,17 @@ def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
         raise ValueError(f"None is not allowed, {_allowed(meta, kind)}")
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{value!r} is not true or false")
+            raise ValueError(f"{shown(value)} is not true or false")
         return value
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"{value!r} is a {type(value).__name__}, text is needed (quote it)")
+            raise ValueError(f"{shown(value)} is a {type(value).__name__}, text is needed (quote it)")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{shown(value)} holds characters that are no text")
         result = value
     else:
         if isinstance(value, bool):
-            raise ValueError(f"{value!r} is not a number, {_allowed(meta, kind)}")
+            raise ValueError(f"{shown(value)} is not a number, {_allowed(meta, kind)}")
         try:
             result = kind(value)  # YAML reads 1e-2 as text; float() reads it as a number
             whole = kind is float or float(value) == result
@@ -201,13 +221,13 @@ def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
             whole = False
         if not whole:
             raise ValueError(
-                f"{value!r} is not {'a whole number' if kind is int else 'a number'}, {_allowed(meta, kind)}"
+                f"{shown(value)} is not {'a whole number' if kind is int else 'a number'}, {_allowed(meta, kind)}"
             )
         low, high = meta["low"], meta["high"]
-        if not ((low is None or result >= low) and (high is None or result <= high)):  # also refuses nan
-            raise ValueError(f"{result} is out of range, {_allowed(meta, kind)}")
+        if not (math.isfinite(result) and (low is None or result >= low) and (high is None or result <= high)):
+            raise ValueError(f"{shown(result)} is out of range, {_allowed(meta, kind)}")
     if meta["choices"] and result not in meta["choices"]:
-        raise ValueError(f"{result!r} is not one of {', '.join(meta['choices'])}")
+        raise ValueError(f"{shown(result)} is not one of {', '.join(meta['choices'])}")
     return result
 
 

@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 from sd_atoms import AtomsConfig, save_atoms
@@ -15,6 +17,7 @@ from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_g
 from sd_atoms.cli import main
 from sd_atoms.errors import AtomsWarning
 from sd_atoms.pipeline import read_artefact
+from sd_atoms.pipeline.adapters import add_text_adapter
 from sd_atoms.pipeline.architectures import ARCHITECTURES, SD_V1_4, UNETS, build_unet
 from sd_atoms.pipeline.artefact import write_artefact
 from sd_atoms.recipes import inspect_command
@@ -278,6 +281,25 @@ def test_an_adapter_without_any_change(pipe, opened, tmp_path):
     file = save_atoms(pipe, tmp_path / "a.safetensors", about={"base": "pocket"})
     (entry,) = inspect_adapter(str(file))["layers"]
     assert (entry["energy"], entry["share"], entry["gain_zero"], entry["condition"]) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "line", "numbers"),
+    [
+        (AtomsConfig(m=0, kc=4, target_modules=["q_proj"]), "block atoms kc=4, svd solver: 4 layers", 4 * 4**4),
+        (LoraConfig(r=2, target_modules=["q_proj"]), "LoRA r=2: 4 layers", 4 * 2 * (128 + 128)),
+    ],
+    ids=["atoms", "lora"],
+)
+def test_the_part_for_the_text_encoder_is_one_line(pipe, tmp_path, config, line, numbers):
+    add_text_adapter(pipe.text_encoder, config)
+    folder = adapted(pipe, tmp_path / "a", target_modules=["conv_in"])
+    result = inspect_adapter(folder)
+    assert result["text_encoder"]["trained_numbers"] == numbers
+    assert (result["trained_numbers"], len(result["layers"])) == (81, 1)
+    assert f"text      {line} of the text encoder, {numbers:,} numbers" in adapter_text(result).splitlines()
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
 
 
 def test_another_base_is_told_by_its_distance(pipe, opened, tmp_path):

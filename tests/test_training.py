@@ -495,3 +495,27 @@ def test_half_precision_falls_back_to_float32_with_one_line_on_a_mac(monkeypatch
     for wanted in ("fp16", "bf16"):
         assert precision_here(wanted) == "no"
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["atoms", "lora"])
+def test_the_text_encoder_is_adapted_too_and_comes_along(tmp_path, pipe, kind):
+    folder = run(
+        tmp_path / "run", **PLAIN, train_text_encoder=True, text_adapter=kind, checkpointing_steps=1,
+        validation_loss_steps=1, prior="teacher", class_prompt="photo of a castle",
+    )  # fmt: skip
+    trained = json.loads((folder / "metrics.json").read_text())["training"]["trained_text_numbers"]
+    assert trained > 0
+    before = pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0]
+    artefact = load_atoms(pipe, folder / "run.safetensors")
+    assert sum(value.numel() for key, value in artefact.text_state.items() if "initial" not in key) == trained
+    assert not torch.equal(pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0], before)
+    # the base's pictures are those of the untouched text encoder
+    plain = run(tmp_path / "plain", **PLAIN)
+    for name in ("base-instance-00.png", "instance-00.png"):
+        one, other = (Image.open(path / "images" / name).tobytes() for path in (folder, plain))
+        assert (one == other) == name.startswith("base")
+    # and it resumes
+    words = ["--resume_from_checkpoint", "checkpoint-1"]
+    first = numbers(folder)
+    assert train_main(["--config", str(folder / "config.yaml"), *words]) == 0
+    assert same(numbers(folder), first)

@@ -95,7 +95,7 @@ def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], li
         where = f"{metadata}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}: is not valid JSON ({error}); expected one object per line as {_AN_ENTRY}")
             complete = False
             continue

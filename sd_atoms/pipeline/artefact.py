@@ -1,39 +1,47 @@
 """Adapter files: a folder as PEFT writes it, and the same as one safetensors file.
 
 One file:  atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and likewise the parts
-           that other modes have; token.<castle> (d,) per placeholder.
+           that other modes have; token.<castle> (d,) per placeholder; text_encoder.<layer>.<part> if the text
+           encoder has an adapter too.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
-           placeholder rows under their own names, as textual inversion files have them.
+           placeholder rows under their own names, as textual inversion files have them; text_encoder/ with the first
+           two for the text encoder.
 The header entry "sd_atoms" of both is a JSON object: format, config, layers (by shape, in the order of the stacks),
-fingerprint of the base, and what the writer knew about base, tokens, prompt, training and versions.
+fingerprint of the base, text_encoder (kind, layers and settings of its adapter) if there is one, and what the writer
+knew about base, tokens, prompt, training and versions.
 """
 
 import hashlib
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json
 from sd_atoms.pipeline.base import resolve_source
+from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
 from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.config import PEFT_TYPE
 
 FORMAT = 1
 HEADER = "sd_atoms"
+TEXT = "text_encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "learned_embeds.safetensors",
 )
+PICKLE_FILE = "adapter_model.bin"
 CONFIG_KEYS = (
     "m",
     "m1",
@@ -57,6 +65,8 @@ PARTS = {
     "atoms_block_delta": "block",
     "atoms_block_initial": None,
 }
+# parts that come together
+TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"), LORA_PARTS)
 
 
 @dataclass(frozen=True)
@@ -66,24 +76,59 @@ class Artefact:
     config: settings of the tuner. state: "<layer>.<part>" -> the numbers, parts as in `AtomsLayer`: atoms_delta and
     atoms_initial (m, K), atoms_beta, atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
+    text_config, text_state: the same of the text encoder's adapter, if there is one; parts of LoRA are lora_A.weight
+    and lora_B.weight. source: where it was read, for messages.
     """
 
     config: AtomsConfig
     state: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    text_config: AtomsConfig | LoraConfig | None = None
+    text_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    source: str = "adapter"
 
     @property
     def layers(self) -> list[str]:
         """Names of the adapted layers, in the order of `state`."""
-        return list(dict.fromkeys(key.rpartition(".")[0] for key in self.state))
+        return list(by_layer(self.state))
+
+    @property
+    def text_layers(self) -> list[str]:
+        """Names of the adapted layers of the text encoder, in the order of `text_state`."""
+        return list(by_layer(self.text_state))
 
     def digest(self) -> str:
         """Tells adapters apart: 16 hexadecimal digits of what they hold, the same for a folder and its file."""
         content = hashlib.sha256()
-        for key, value in sorted({**self.state, **self.tokens}.items()):
+        text = {f"{TEXT}.{key}": value for key, value in self.text_state.items()}
+        for key, value in sorted({**self.state, **self.tokens, **text}.items()):
             content.update(key.encode() + value.float().contiguous().numpy().tobytes())
+        if self.text_config is not None:  # LoRA of another alpha is another one
+            content.update(json.dumps(_settings(self.text_config), sort_keys=True).encode())
         return content.hexdigest()[:16]
+
+
+def by_layer(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """layer -> part -> shape, of "<layer>.<part>" -> tensor; what is no part that is known counts by its last word."""
+    layers = defaultdict(dict)
+    for key, value in state.items():
+        part = next((part for part in LORA_PARTS if key.endswith(f".{part}")), key.rpartition(".")[2])
+        layers[key.removesuffix(part).removesuffix(".")][part] = tuple(value.shape)
+    return dict(layers)
+
+
+def strangers(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in `state` that adapters of that kind do not have, or else those that it lacks."""
+    known = LORA_PARTS if isinstance(config, LoraConfig) else PARTS
+    layers = by_layer(state)
+    return [f"{layer}.{part}" for layer, parts in layers.items() for part in parts if part not in known] or [
+        f"{layer}.{part}"
+        for layer, parts in layers.items()
+        for together in TOGETHER
+        for part in together
+        if part not in parts and set(together) & set(parts)
+    ]
 
 
 def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -95,19 +140,32 @@ def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = to
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors = {f"token.{token}": row for token, row in artefact.tokens.items()}
+        tensors |= {f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}
         for shape, layers in _layers_by_shape(artefact).items():
             for part in PARTS:
                 if f"{layers[0]}.{part}" in artefact.state:
                     tensors[f"{part}.{shape}"] = torch.stack([artefact.state[f"{layer}.{part}"] for layer in layers])
         _write_tensors(path, tensors, dtype, _header(artefact))
         return path
-    header = _header(artefact)
-    _write_tensors(path / WEIGHTS_FILE, {PEFT_PREFIX + k: v for k, v in artefact.state.items()}, dtype, header)
+    _write_adapter(path, artefact.config, artefact.state, dtype, _header(artefact))
     if artefact.tokens:
         _write_tensors(path / TOKENS_FILE, artefact.tokens, dtype, {})
-    config = artefact.config.to_dict() | {"inference_mode": True}
-    write_json(path / CONFIG_FILE, {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()})
+    if artefact.text_config is not None:
+        _write_adapter(path / TEXT, artefact.text_config, artefact.text_state, dtype, {})
+    # what an adapter that stood here had beyond this one would be read as a part of it
+    if not artefact.tokens:
+        (path / TOKENS_FILE).unlink(missing_ok=True)
+    if artefact.text_config is None:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            (path / TEXT / name).unlink(missing_ok=True)
     return path
+
+
+def _write_adapter(folder: Path, config, state: Mapping[str, torch.Tensor], dtype: torch.dtype, header) -> None:
+    """The two files that PEFT writes."""
+    _write_tensors(folder / WEIGHTS_FILE, {PEFT_PREFIX + key: value for key, value in state.items()}, dtype, header)
+    settings = config.to_dict() | {"inference_mode": True}
+    write_json(folder / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
 
 
 def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
@@ -119,9 +177,7 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
     path = Path(resolve_source(str(source), "adapter")).expanduser()
     if not path.exists():
         path = _download(str(source), revision)
-    if path.is_file():
-        return _read_file(path)
-    return _read_folder(path)
+    return replace(_read_file(path) if path.is_file() else _read_folder(path), source=str(source))
 
 
 def _read_file(path: Path) -> Artefact:
@@ -130,6 +186,7 @@ def _read_file(path: Path) -> Artefact:
     tensors, about = _read_tensors(path)
     if about is None:
         raise UserError(f"{path}: it is not a filter-atom adapter (no {HEADER!r} entry in its header)")
+    text_state = {key.removeprefix(f"{TEXT}."): v for key, v in tensors.items() if key.startswith(f"{TEXT}.")}
     try:
         config = AtomsConfig(**about["config"], inference_mode=True)
         state = {
@@ -141,46 +198,93 @@ def _read_file(path: Path) -> Artefact:
         }
         if set(about["layers"]) != {key.partition(".")[2] for key in tensors if key.partition(".")[0] in PARTS}:
             raise KeyError("layers")
+        _check_text_layers(about, text_state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     config.target_modules = [layer for layers in about["layers"].values() for layer in layers]
     tokens = {key.removeprefix("token."): row for key, row in tensors.items() if key.startswith("token.")}
-    return Artefact(config, state, tokens, about)
+    text_config = None
+    if TEXT in about:
+        text_config = _text_config(f"{path}: {TEXT} in its header", about[TEXT])
+        _check_parts(path, text_config, text_state)
+    return Artefact(config, state, tokens, about, text_config, text_state)
 
 
 def _read_folder(folder: Path) -> Artefact:
+    settings, state, about = _read_adapter(folder)
+    config_path = folder / CONFIG_FILE
+    if settings.get("peft_type") != PEFT_TYPE:
+        kind = settings.get("peft_type")
+        raise UserError(f"{config_path}: peft_type is {kind!r}, a filter-atom adapter has {PEFT_TYPE!r}")
+    config = _atoms_config(config_path, settings)
+    tokens = _read_tensors(folder / TOKENS_FILE)[0] if (folder / TOKENS_FILE).exists() else {}
+    _check_parts(folder / WEIGHTS_FILE, config, state)
+    text_config, text_state = None, {}
+    if any((folder / TEXT / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+        settings, text_state, _ = _read_adapter(folder / TEXT)
+        text_config = _text_config(folder / TEXT / CONFIG_FILE, settings)
+        _check_parts(folder / TEXT / WEIGHTS_FILE, text_config, text_state)
+    if about is not None:
+        try:
+            _check_text_layers(about, text_state)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: its header and the folder {TEXT} beside it do not fit ({error})"
+            ) from error
+    return Artefact(config, state, tokens, about or {}, text_config, text_state)
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
+    """The settings, the tensors and the header's entry of a folder as PEFT writes it."""
     weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     if not weights.exists():
-        if (folder / "adapter_model.bin").exists():
-            raise UserError(
-                f"{folder / 'adapter_model.bin'}: pickles can run code and are refused; save as safetensors"
-            )
+        if (folder / PICKLE_FILE).exists():
+            raise UserError(f"{folder / PICKLE_FILE}: pickles can run code and are refused; save as safetensors")
         raise UserError(f"{folder}: not an adapter folder, {WEIGHTS_FILE} is missing")
     try:
         settings = json.loads(config_path.read_text(encoding="utf-8"))
-        kind = settings.get("peft_type")
+        settings.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config_path}: missing or not a JSON object ({error})") from error
-    if kind != PEFT_TYPE:
-        raise UserError(f"{config_path}: peft_type is {kind!r}, a filter-atom adapter has {PEFT_TYPE!r}")
-    try:
-        config = AtomsConfig(**{key: settings[key] for key in CONFIG_KEYS if key in settings}, inference_mode=True)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{config_path}: {error}") from error
     tensors, about = _read_tensors(weights)
-    state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-    tokens = _read_tensors(folder / TOKENS_FILE)[0] if (folder / TOKENS_FILE).exists() else {}
-    artefact = Artefact(config, state, tokens, about or {})
-    wrong = [k for k in state if k.rpartition(".")[2] not in PARTS] or [
-        f"{layer}.{initial}"
-        for layer in artefact.layers
-        for delta, initial in (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"))
-        if (f"{layer}.{delta}" in state) != (f"{layer}.{initial}" in state)
-    ]
-    if wrong or not artefact.layers:
-        raise UserError(f"{weights}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or 'any atoms'}")
-    config.target_modules = artefact.layers
-    return artefact
+    return settings, {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}, about
+
+
+def _atoms_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig:
+    try:
+        return AtomsConfig(**{key: settings[key] for key in CONFIG_KEYS if key in settings}, inference_mode=True)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _text_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig | LoraConfig:
+    """The settings of a text encoder's adapter, of one of the two kinds that may be there."""
+    kind = settings.get("peft_type")
+    if kind == PEFT_TYPE:
+        return _atoms_config(where, settings)
+    if kind != LORA_TYPE:
+        raise UserError(f"{where}: peft_type is {kind!r}, the text encoder may have {PEFT_TYPE!r} or {LORA_TYPE!r}")
+    try:
+        return lora_config(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _check_parts(where: Path, config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Also gives the config the names of the layers for its targets."""
+    wrong = strangers(config, state)
+    if wrong or not state:
+        kind = "LoRA" if isinstance(config, LoraConfig) else "atoms"
+        raise UserError(f"{where}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or f'any {kind}'}")
+    config.target_modules = list(by_layer(state))
+
+
+def _check_text_layers(about: Mapping[str, Any], text_state: Mapping[str, torch.Tensor]) -> None:
+    """Raises KeyError or TypeError unless header and tensors have the same layers of the text encoder, or none."""
+    found = set(by_layer(text_state))
+    told = set(about[TEXT]["target_modules"]) if TEXT in about else set()
+    if found != told or (TEXT in about and not found):
+        raise KeyError(f"layers of the text encoder: {len(told)} and {len(found)}")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -213,12 +317,21 @@ def _as_os_error(error: SafetensorError) -> Exception:
 
 def _header(artefact: Artefact) -> dict[str, str]:
     value = {
-        **artefact.about,
+        **{key: entry for key, entry in artefact.about.items() if key != TEXT},
         "format": FORMAT,
         "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
         "layers": _layers_by_shape(artefact),
     }
+    if artefact.text_config is not None:
+        value[TEXT] = {**_settings(artefact.text_config), "target_modules": artefact.text_layers}
     return {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _settings(config: AtomsConfig | LoraConfig) -> dict[str, Any]:
+    """What the header says of the text encoder's adapter, but for its layers."""
+    lora = isinstance(config, LoraConfig)
+    kept = {key: getattr(config, key) for key in (LORA_KEYS if lora else CONFIG_KEYS)}
+    return {"peft_type": LORA_TYPE if lora else PEFT_TYPE, **kept}
 
 
 def _layers_by_shape(artefact: Artefact) -> dict[str, list[str]]:
@@ -237,7 +350,9 @@ def _layers_by_shape(artefact: Artefact) -> dict[str, list[str]]:
 def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "adapter_config.json"])
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.safetensors", CONFIG_FILE, f"{TEXT}/{CONFIG_FILE}"]
+            )
         )
     except Exception as error:  # the hub library raises a dozen kinds for "not there"
         raise UserError(

@@ -23,25 +23,67 @@ def initializer_rows(pipe, tokens: Sequence[str], words: Sequence[str]) -> dict[
     """token -> the embedding row (d,) of its word: one word for each, or one for all.
 
     Raises:
-        UserError: a word is not exactly one token of the base model.
+        UserError: a word is not exactly one token of the base model, or there are neither one nor as many as tokens.
     """
+    if len(words) not in (1, len(tokens)):
+        raise UserError(
+            f"initializer_token: {len(words)} words ({' '.join(words)}) for {len(tokens)} placeholder tokens; one for "
+            "all or one for each is allowed"
+        )
     words = [*words] * len(tokens) if len(words) == 1 else words
     return {token: initializer_row(pipe, word) for token, word in zip(tokens, words, strict=True)}
 
 
-def check_new_token(pipe, token: str) -> None:
-    """A new placeholder must be one the base model does not know.
+def check_new_token(pipe, token: str, among: Sequence[str] = ()) -> None:
+    """A new placeholder must be one the base model does not know, and stand apart from those it comes with.
+
+    Args:
+        pipe: a pipeline with `tokenizer`.
+        token: the placeholder.
+        among: all new placeholders, this one included. Upper and lower case are one to a tokenizer.
 
     Raises:
-        UserError: it exists already, or it is empty or has spaces in it.
+        UserError: it exists already, it is empty or has spaces in it, or it comes twice or within another of `among`.
     """
     if not token or token != token.strip() or len(token.split()) != 1:
         raise UserError(f"placeholder_token: {token!r} must be one word without spaces, such as <castle>")
-    vocabulary = pipe.tokenizer.get_vocab()
-    if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
+    lower = token.lower()
+    known = pipe.tokenizer.get_vocab()
+    added = {other.lower() for other in pipe.tokenizer.get_added_vocab()}
+    if token in known or f"{lower}</w>" in known or lower in added:
         raise UserError(
             f"placeholder_token: {token!r} exists in the base model's vocabulary; choose another, <{token}>"
         )
+    if [other.lower() for other in among].count(lower) > 1:
+        raise UserError(f"placeholder_token: {token!r} comes twice; every token once is allowed")
+    for other in among:
+        if lower in other.lower() and lower != other.lower():
+            raise UserError(
+                f"placeholder_token: {token!r} is a part of {other!r}, which would be read as two words; choose "
+                "tokens that do not contain each other"
+            )
+
+
+def check_placeholder_rows(pipe, rows: Mapping[str, torch.Tensor], replace: bool = False) -> None:
+    """Whether `add_placeholder_tokens` can take the same.
+
+    Raises:
+        UserError: a token exists with another row, or a row does not fit the text encoder.
+    """
+    if not rows:
+        return  # a pipeline without a text encoder will do
+    if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+        raise UserError(f"token {next(iter(rows))}: this pipeline has no text encoder and tokenizer to add it to")
+    embeddings = pipe.text_encoder.get_input_embeddings().weight
+    for token, row in rows.items():
+        if row.shape != embeddings.shape[1:]:
+            raise UserError(
+                f"token {token}: its embedding has {row.numel()} numbers, the text encoder takes {embeddings.shape[1]}"
+            )
+        if token in pipe.tokenizer.get_vocab() and not (replace and token in pipe.tokenizer.get_added_vocab()):
+            known = embeddings[pipe.tokenizer.convert_tokens_to_ids(token)].detach()
+            if not torch.equal(known.cpu(), row.to(known.dtype).cpu()):
+                raise UserError(f"token {token}: the pipeline has it already with another embedding")
 
 
 def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool = False) -> None:
@@ -55,34 +97,23 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool
         replace: an added token that exists with another row gets the new one.
 
     Raises:
-        UserError: a token exists with another row, or a row does not fit the text encoder.
+        UserError: a token exists with another row, or a row does not fit the text encoder; nothing is changed then.
     """
+    check_placeholder_rows(pipe, rows, replace)
     if not rows:
-        return  # a pipeline without a text encoder will do
-    embeddings = pipe.text_encoder.get_input_embeddings().weight
-    for token, row in rows.items():
-        if row.shape != embeddings.shape[1:]:
-            raise UserError(
-                f"token {token}: its embedding has {row.numel()} numbers, the text encoder takes {embeddings.shape[1]}"
-            )
-        if token in pipe.tokenizer.get_vocab():
-            known = embeddings[pipe.tokenizer.convert_tokens_to_ids(token)].detach()
-            if replace and token in pipe.tokenizer.get_added_vocab():
-                known.copy_(row)
-            elif not torch.equal(known.cpu(), row.to(known.dtype).cpu()):
-                raise UserError(f"token {token}: the pipeline has it already with another embedding")
-    new = {token: row for token, row in rows.items() if token not in pipe.tokenizer.get_vocab()}
-    if not new:
         return
-    trainable = embeddings.requires_grad
-    pipe.tokenizer.add_tokens(list(new))
-    # a table may have more rows than the tokenizer has words; it never shrinks
-    size = max(len(pipe.tokenizer), len(embeddings))
-    pipe.text_encoder.resize_token_embeddings(size, mean_resizing=False)
-    weight = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(trainable)
+    new = [token for token in rows if token not in pipe.tokenizer.get_vocab()]
+    if new:
+        trainable = pipe.text_encoder.get_input_embeddings().weight.requires_grad
+        pipe.tokenizer.add_tokens(new)
+        # a table may have more rows than the tokenizer has words; it never shrinks
+        size = max(len(pipe.tokenizer), len(pipe.text_encoder.get_input_embeddings().weight))
+        pipe.text_encoder.resize_token_embeddings(size, mean_resizing=False)
+        pipe.text_encoder.get_input_embeddings().weight.requires_grad_(trainable)
+    weight = pipe.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
-        for token, row in new.items():
-            weight[pipe.tokenizer.convert_tokens_to_ids(token)] = row.to(weight)
+        for token in rows if replace else new:
+            weight[pipe.tokenizer.convert_tokens_to_ids(token)] = rows[token].to(weight)
 
 
 def placeholder_rows(pipe, tokens: list[str]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,16 @@
 """Pictures from prompt templates with an adapter: the job of `sd-atoms generate`."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd_atoms.data.prompts import fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
-from sd_atoms.generation import SCHEDULERS, Request, Sampling
+from sd_atoms.generation import SCHEDULERS, Request
 from sd_atoms.pipeline import DTYPES, load_atoms, open_base, read_artefact
 from sd_atoms.recipes.machine import make_accelerator
-from sd_atoms.recipes.pictures import adapter_notes, draw_missing, read_pictures
+from sd_atoms.recipes.pictures import adapter_notes, check_size, draw_missing, read_pictures, recorded
 from sd_atoms.report.grid import picture_grid
 from sd_atoms.settings import setting
 
@@ -38,9 +39,9 @@ class DrawConfig:
     overwrite: bool = setting(False, WHAT, "draw pictures again that are there already")
 
     guidance_scale: float | None = setting(None, HOW, "classifier-free guidance; none = as in training", low=0.0)
-    num_inference_steps: int | None = setting(None, HOW, "denoising steps; none = as in training", low=1)
+    num_inference_steps: int | None = setting(None, HOW, "denoising steps; none = as in training", low=1, high=1000)
     scheduler: str | None = setting(None, HOW, "sampler; none = as in training", choices=SCHEDULERS)
-    resolution: int | None = setting(None, HOW, "side in pixels; none = as in training", low=32)
+    resolution: int | None = setting(None, HOW, "side in pixels; none = as in training", low=32, high=4096)
 
 
 def draw(config: DrawConfig) -> Path:
@@ -51,19 +52,18 @@ def draw(config: DrawConfig) -> Path:
     """
     templates, seeds = load_templates(config.prompts), parse_seeds(config.seeds)
     artefact = read_artefact(config.adapter)
-    about = artefact.about
-    base = config.pretrained_model_name_or_path or about.get("base")
+    header = recorded(config.adapter, artefact.about)
+    base = config.pretrained_model_name_or_path or header.base
     if base is None:
         raise UserError(f"pretrained_model_name_or_path is required: {config.adapter} does not name its base")
     token = config.token or next(iter(artefact.tokens), None)
     if token is None:
         raise UserError(f"token is required: {config.adapter} brings no word of its own")
-    base_token = config.base_token or about.get("tokens", {}).get(token) or token
-    recorded = {**about.get("sampling", {}), "resolution": about.get("resolution")}
+    base_token = config.base_token or header.words.get(token) or token
     chosen = {
         key: getattr(config, key) for key in ("guidance_scale", "num_inference_steps", "scheduler", "resolution")
     }
-    sampling = Sampling(**{**recorded, **{key: value for key, value in chosen.items() if value is not None}})
+    sampling = dataclasses.replace(header.sampling, **{k: value for k, value in chosen.items() if value is not None})
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file")
@@ -72,6 +72,7 @@ def draw(config: DrawConfig) -> Path:
     pipe = open_base(
         base, revision=config.revision, variant=config.variant, dtype=DTYPES[config.dtype], device=accelerator.device
     )
+    check_size(pipe, sampling.resolution)
     load_atoms(pipe, artefact)
     pipe.set_adapters(["default"], [config.adapter_scale])
     requests = _requests(templates, token, seeds, "")

@@ -9,9 +9,9 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.drift import drift_by_prompt
 from sd_atoms.files import write_json
-from sd_atoms.generation import Sampling
 from sd_atoms.pipeline import load_atoms, open_base, read_artefact
 from sd_atoms.recipes.machine import make_accelerator, on_main
+from sd_atoms.recipes.pictures import check_size, recorded
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
 
@@ -77,14 +77,14 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
     """
     prompts, numbers = list(dict.fromkeys(load_prompts(prompts_file))), parse_seeds(seeds)
     artefact = read_artefact(adapter)
-    about = artefact.about
-    base = base or about.get("base")
+    header = recorded(adapter, artefact.about)
+    base, sampling = base or header.base, header.sampling
     if base is None:
         raise UserError(f"pretrained_model_name_or_path is required: {adapter} does not name its base")
-    sampling = Sampling(**{**about.get("sampling", {}), "resolution": about.get("resolution")})
     accelerator = make_accelerator()
     features = ClipFeatures(clip, accelerator.device)
     pipe = open_base(base, device=accelerator.device)
+    check_size(pipe, sampling.resolution)
     load_atoms(pipe, artefact)
     values = drift_by_prompt(pipe, prompts, numbers, sampling, features, accelerator)
     values = on_main(accelerator, lambda: values)

@@ -6,22 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline import Artefact, load_atoms, open_base, read_artefact
+from sd_atoms.pipeline import load_atoms, open_base, read_artefact
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.artefact import CONFIG_KEYS
+from sd_atoms.pipeline.artefact import CONFIG_KEYS, TEXT
 from sd_atoms.pipeline.base import resolve_source
 from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
+from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.pocket import packaged_path
 from sd_atoms.report.atoms import Change, atoms_figure
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
-TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta")
+TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta", *LORA_PARTS)
 # what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
 USUAL = dict(m=9, kc=4)
 # and the 3×3 convolutions by the settings of arXiv 2403.00269
@@ -100,8 +102,9 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         base: what it is measured on; None takes the base that the adapter's header names.
 
     Returns:
-        What the header says; `relative_change` |ΔF|/|F| over all adapted layers; `blocks` of the UNet; `layers` from
-        input to output. Of a layer: `relative_change`, `energy` |ΔF|² and its `share` of all, `gain_zero` and
+        What the header says; `text_encoder`, which is the `kind`, `layers` and `trained_numbers` of its adapter, or
+        None; `relative_change` |ΔF|/|F| over all adapted layers of the UNet; its `blocks`; its `layers` from input to
+        output. Of a layer: `relative_change`, `energy` |ΔF|² and its `share` of all, `gain_zero` and
         `gain_pi` (see `frequency_gain`; None with one tap, or where the base has no response), `condition` (None
         unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom (`atom_changes`, `block_atom_changes`),
         and the numbers of its `atoms` and their change where all input channels share them.
@@ -110,7 +113,8 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         UserError: adapter or base cannot be opened, they do not fit, or the adapter's numbers are not finite.
     """
     artefact = read_artefact(adapter)
-    broken = [key for key, value in artefact.state.items() if not torch.isfinite(value).all()]
+    tensors = {**artefact.state, **{f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}}
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{adapter}: broken, {len(broken)} of its tensors are not finite ({broken[0]} first)")
     about = artefact.about
@@ -142,11 +146,16 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
         "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
         "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
-        "mode": _mode(artefact),
-        "trained_numbers": sum(
-            value.numel() for key, value in artefact.state.items() if key.rpartition(".")[2] in TRAINED_PARTS
-        ),
+        "mode": _mode(artefact.config, artefact.state),
+        "trained_numbers": _trained(artefact.state),
         "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
+        "text_encoder": None
+        if artefact.text_config is None
+        else {
+            "kind": _mode(artefact.text_config, artefact.text_state),
+            "layers": len(artefact.text_layers),
+            "trained_numbers": _trained(artefact.text_state),
+        },
         "relative_change": _relative(layers),
         "blocks": [
             {
@@ -231,10 +240,17 @@ def _block(name: str) -> str:
     return f"{first}.{rest[0]}" if first.endswith("_blocks") and rest else first
 
 
-def _mode(artefact: Artefact) -> str:
-    """What the atoms of an adapter are, in a few words."""
-    config = artefact.config
-    parts = {key.rpartition(".")[2] for key in artefact.state}
+def _trained(state: Mapping[str, torch.Tensor]) -> int:
+    """How many trained numbers there are among the tensors of an adapter."""
+    return sum(value.numel() for key, value in state.items() if key.endswith(TRAINED_PARTS))
+
+
+def _mode(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> str:
+    """What the atoms of an adapter are, or its LoRA, in a few words."""
+    if isinstance(config, LoraConfig):
+        ranks = sorted({value.shape[0] for key, value in state.items() if "lora_A" in key})
+        return f"LoRA r={', '.join(map(str, ranks))}"
+    parts = {key.rpartition(".")[2] for key in state}
     words = []
     if "atoms_delta" in parts:
         words.append(f"m={config.m}" + (f", m1={config.m1} (overcomplete)" if config.m1 else ""))
@@ -250,5 +266,6 @@ def _size(adapter: str) -> int | None:
     """Bytes of a local adapter's files."""
     path = Path(adapter).expanduser()
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+        files = [*path.iterdir(), *(path / TEXT).glob("*")]
+        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
     return path.stat().st_size if path.is_file() else None

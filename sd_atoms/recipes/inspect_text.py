@@ -105,6 +105,9 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     trained = f"{result['trained_numbers']:,} numbers"
     if result["token_numbers"]:
         trained += f" and {result['token_numbers']:,} of tokens"
+    text = result["text_encoder"]
+    if text:
+        text = f"{text['kind']}: {text['layers']} layers of the text encoder, {text['trained_numbers']:,} numbers"
     size = "" if result["bytes"] is None else f", {result['bytes'] / 1000:.1f} kB"
     words = [
         f"{training['steps']} steps" if "steps" in training else "",
@@ -120,9 +123,10 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         "prompt": about.get("instance_prompt") or "not recorded",
         "training": ", ".join(filter(None, words)) or "not recorded",
         "atoms": result["mode"],
+        "text": text,
         "change": f"|ΔF|/|F| = {result['relative_change']:.2%} over all adapted layers",
     }
-    return [f"{name:<9} {value}" for name, value in facts.items()]
+    return [f"{name:<9} {value}" for name, value in facts.items() if value]
 
 
 def _strongest(layers: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:

@@ -22,7 +22,8 @@ from sd_atoms.pipeline import open_base, save_atoms
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.pocket import packaged_path
 from sd_atoms.recipes.class_images import class_image_paths
-from sd_atoms.recipes.machine import make_accelerator, on_main
+from sd_atoms.recipes.doctor import preflight
+from sd_atoms.recipes.machine import make_accelerator, on_main, precision_here
 from sd_atoms.recipes.pictures import adapter_notes, draw_missing, read_pictures
 from sd_atoms.recipes.share import check_repo_id, own_repo_id, push, write_share_folder
 from sd_atoms.report.grid import Block, labelled_blocks, picture_grid
@@ -44,7 +45,7 @@ def personalise(config: TrainConfig) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
     """
     # Everything that can be wrong, before anything is written
-    config = with_rates(config)
+    config = dataclasses.replace(with_rates(config), mixed_precision=precision_here(config.mixed_precision))
     run, name = Path(config.output_dir), run_name(config)
     accelerator = make_accelerator(
         mixed_precision=config.mixed_precision,
@@ -73,7 +74,8 @@ def personalise(config: TrainConfig) -> Path:
     noising(pipe.scheduler, config.prediction_type, config.rescale_betas_zero_snr)
     tokens = [token for concept in config.all_concepts for token in concept.tokens]
     for token in tokens:
-        check_new_token(pipe, token)
+        check_new_token(pipe, token, tokens)
+    notes += on_main(accelerator, lambda: preflight(config, sources, pipe, accelerator.num_processes))
     sampling = Sampling(config.guidance_scale, config.num_inference_steps, config.scheduler, config.resolution)
     if config.prior == "images":
         sources = [with_class_pictures(config, pipe, accelerator, source, sampling) for source in sources]
@@ -81,19 +83,22 @@ def personalise(config: TrainConfig) -> Path:
     dataset = make_dataset(pipe, config, sources, unit_px)
 
     # Train
-    if accelerator.is_main_process:
-        open_run(config, accelerator.num_processes)
-        for note in notes:
-            print(note)
-    accelerator.wait_for_everyone()
-    if config.report_to == "tensorboard":
-        accelerator.init_trackers("")
+    def begin():
+        if accelerator.is_main_process:
+            open_run(config, accelerator.num_processes)
+            for note in notes:
+                print(note)
+        accelerator.wait_for_everyone()
+        if config.report_to == "tensorboard":
+            accelerator.init_trackers("")
+
     outcome = train(
         config,
         pipe,
         accelerator,
         dataset,
         run,
+        begin,
         lambda step: draw_validation(config, pipe, accelerator, sampling, run / IMAGES, step),
     )
 
@@ -269,14 +274,11 @@ def describe(config: TrainConfig, outcome: Outcome, processes: int, pictures: in
 @contextlib.contextmanager
 def base_alone(pipe) -> Iterator[None]:
     """Draws without any adapter for a while."""
-    adapted = [part for part in (pipe.unet, pipe.text_encoder) if getattr(part, "peft_config", None)]
-    for part in adapted:
-        part.disable_adapters()
+    pipe.disable_lora()
     try:
         yield
     finally:
-        for part in adapted:
-            part.enable_adapters()
+        pipe.enable_lora()
 
 
 def draw_validation(config: TrainConfig, pipe, accelerator, sampling: Sampling, folder: Path, step: int) -> None:
@@ -342,8 +344,10 @@ def mean_scores(scores: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 
 def learning_curve(log: list[dict]) -> dict[str, float]:
-    """Seconds of all steps, and the mean loss of the first and of the last fifth of them."""
+    """Seconds of all steps, and the mean loss of the first and of the last fifth of them, if there is a log."""
     losses = [entry["loss"] for entry in log]
+    if not losses:  # somebody removed the log of a finished run
+        return {"seconds": 0.0}
     fifth = max(1, len(losses) // 5)
     return {
         "seconds": log[-1]["seconds"],
@@ -361,10 +365,10 @@ def print_summary(config: TrainConfig, adapter: Path, metrics: dict) -> None:
         parts.append(f"{training['trained_token_numbers']:,} of {words}")
     if training["trained_text_numbers"]:
         parts.append(f"{training['trained_text_numbers']:,} of the text encoder")
-    print(
-        f"\nTrained {' and '.join(parts)} in {training['steps']} steps, {training['seconds']:.0f} s; "
-        f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}."
-    )
+    curve = ""
+    if "last_loss" in training:
+        curve = f"; loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
+    print(f"\nTrained {' and '.join(parts)} in {training['steps']} steps, {training['seconds']:.0f} s{curve}.")
     if training["kept_step"]:
         print(f"Kept step {training['kept_step']}, of the lowest validation loss.")
     if "clip" in metrics:

@@ -1,16 +1,66 @@
 """A folder of pictures that can be stopped and continued."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from sd_atoms import __version__
 from sd_atoms.data.images import read_image
 from sd_atoms.errors import UserError
-from sd_atoms.generation import Request, Sampling, generate, picture_notes, save_picture
+from sd_atoms.generation import SCHEDULERS, Request, Sampling, generate, picture_notes, save_picture
 from sd_atoms.recipes.machine import on_main
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an adapter's header says of drawing with it: its base, the word each token started from, the sampling."""
+
+    base: str | None
+    words: Mapping[str, str]
+    sampling: Sampling
+
+
+def recorded(adapter: str, about: Mapping[str, Any]) -> Recorded:
+    """The header of an adapter as far as drawing goes; what it leaves out is as usual.
+
+    Raises:
+        UserError: it says something that cannot be.
+    """
+    base, words, sampling = about.get("base"), about.get("tokens", {}), about.get("sampling", {})
+    problem = None
+    if base is not None and not isinstance(base, str):
+        problem = "base"
+    elif not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+        problem = "tokens"
+    elif not isinstance(sampling, dict) or not sampling.keys() <= asdict(Sampling()).keys():
+        problem = "sampling"
+    else:
+        made = Sampling(**{**sampling, "resolution": about.get("resolution")})
+        fitting = {
+            "guidance_scale": type(made.guidance_scale) in (int, float) and 0 <= made.guidance_scale < math.inf,
+            "num_inference_steps": type(made.num_inference_steps) is int and 1 <= made.num_inference_steps <= 1000,
+            "scheduler": made.scheduler in SCHEDULERS,
+            "resolution": made.resolution is None or (type(made.resolution) is int and 32 <= made.resolution <= 4096),
+        }
+        problem = next((name for name, fits in fitting.items() if not fits), None)
+    if problem is not None:
+        raise UserError(f"{adapter}: corrupt, its header says nothing sensible about {problem}")
+    return Recorded(base, words, made)
+
+
+def check_size(pipe, resolution: int | None) -> None:
+    """Refuses a size that the base cannot draw.
+
+    Raises:
+        UserError: it is not a whole number of latents.
+    """
+    if resolution is not None and resolution % pipe.vae_scale_factor:
+        unit_px = pipe.vae_scale_factor
+        raise UserError(f"resolution: {resolution} is not a multiple of {unit_px}, which this base needs")
 
 
 def draw_missing(

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+# what optimisers keep of each parameter, a count and two tensors of its shape; there may be more
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "state1", "state2"})
 
 
 @dataclass
@@ -53,43 +55,77 @@ def save_checkpoint(
     return path
 
 
+def read_header(path: Path) -> tuple[Progress, list[dict], dict]:
+    """What a checkpoint says besides its tensors: progress, the numbers of the optimiser's groups, the scaler's state.
+
+    Raises:
+        UserError: it is corrupt.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        step, scaler_state = int(metadata["step"]), dict(json.loads(metadata["scaler"]))
+        (best_loss, best_step), groups = json.loads(metadata["best"]), json.loads(metadata["groups"])
+        groups = [dict(group) for group in groups]
+        if step < 0 or not all(isinstance(value, (int, float)) for group in groups for value in group.values()):
+            raise ValueError("a number in its header is none")
+        return Progress(step, best_loss=float(best_loss), best_step=int(best_step)), groups, scaler_state
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
+
+
 def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, scaler) -> Progress:
     """Puts everything back in place.
 
     Raises:
         UserError: the file is corrupt or belongs to another run.
     """
+    progress, groups, scaler_state = read_header(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        step, scaler_state = int(metadata["step"]), json.loads(metadata["scaler"])
-        (best_loss, best_step), groups = json.loads(metadata["best"]), json.loads(metadata["groups"])
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        tensors = load_file(path)
+        moments = _moments(tensors)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
-    saved = _of_kind(tensors, "parameter")
-    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in parameters.items()}:
-        raise UserError(f"{path}: belongs to a run with other trained parameters")
+    saved, mean, best = (_of_kind(tensors, kind) for kind in ("parameter", "mean", "best"))
+    shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+    for values in (saved, mean or saved, best or saved):
+        if {name: (value.shape, value.dtype) for name, value in values.items()} != shapes:
+            raise UserError(f"{path}: belongs to a run with other trained parameters")
     state = optimizer.state_dict()
     if len(groups) != len(state["param_groups"]):
         raise UserError(f"{path}: belongs to a run with other groups of parameters")
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(0 <= index < len(trained) and _fit(kept, trained[index]) for index, kept in moments.items()):
+        raise UserError(f"{path}: belongs to a run with another optimiser")
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value)
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state["state"].setdefault(int(index), {})[name] = value
+    state["state"] |= moments
     for group, numbers in zip(state["param_groups"], groups, strict=True):
         group.update(numbers)
     optimizer.load_state_dict(state)
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
     device = next(iter(parameters.values())).device
-    mean, best = (
-        {name: value.to(device) for name, value in _of_kind(tensors, kind).items()} for kind in ("mean", "best")
-    )
-    return Progress(step, mean, best, best_loss, best_step)
+    progress.mean, progress.best = ({name: v.to(device) for name, v in values.items()} for values in (mean, best))
+    return progress
+
+
+def _moments(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    """What the optimiser keeps of each parameter, by its number."""
+    found = {}
+    for key, value in _of_kind(tensors, "optimizer").items():
+        index, _, name = key.partition(".")
+        found.setdefault(int(index), {})[name] = value
+    return found
+
+
+def _fit(kept: dict[str, torch.Tensor], parameter: nn.Parameter) -> bool:
+    """Whether that is what an optimiser keeps of a parameter."""
+    for names in MOMENTS:
+        if names <= kept.keys():
+            return all(kept[name].shape == parameter.shape for name in names - {"step"}) and kept["step"].numel() == 1
+    return False
 
 
 def _of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

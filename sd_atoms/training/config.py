@@ -31,7 +31,7 @@ class Concept:
     initializer_token: str | None = setting(None, TOKEN, "word the new one starts from, or one for each")
     class_prompt: str | None = setting(None, PRIOR, "what the prior is kept of")
     class_data_dir: str | None = setting(None, PRIOR, "folder of class pictures")
-    repeats: int = setting(1, DATA, "how often its pictures come per epoch", low=1)
+    repeats: int = setting(1, DATA, "how often its pictures come per epoch", low=1, high=10_000)
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -117,7 +117,9 @@ class TrainConfig:
     caption_column: str | None = setting(None, DATA, "column of its captions; none = instance_prompt for all")
     max_train_samples: int | None = setting(None, DATA, "only so many of its rows; none = all", low=1)
     caption_dropout: float = setting(0.0, DATA, "share of samples with an empty prompt", low=0.0, high=1.0)
-    resolution: int | None = setting(None, DATA, "side of the training pictures in pixels; none = the base's", low=32)
+    resolution: int | None = setting(
+        None, DATA, "side of the training pictures in pixels; none = the base's", low=32, high=4096
+    )
     aspect_ratio_buckets: bool = setting(
         False, DATA, "keep each picture's shape, at the nearest of some sizes of the same area"
     )
@@ -220,7 +222,7 @@ class TrainConfig:
         None, VALIDATION, "prompt of the pictures drawn on the way; none = no pictures"
     )
     validation_steps: int = setting(100, VALIDATION, "optimiser steps between them", low=1)
-    num_validation_images: int = setting(4, VALIDATION, "how many", low=1)
+    num_validation_images: int = setting(4, VALIDATION, "how many", low=1, high=10_000)
     validation_loss_steps: int | None = setting(
         None, VALIDATION, "optimiser steps between losses at fixed noise and timesteps; none = no such loss", low=1
     )
@@ -234,9 +236,9 @@ class TrainConfig:
     prompts_file: str | None = setting(
         None, PICTURES, "templates with {}; one picture each by the base and by the adapter"
     )
-    num_instance_images: int = setting(20, PICTURES, "pictures of instance_prompt", low=1)
+    num_instance_images: int = setting(20, PICTURES, "pictures of instance_prompt", low=1, high=10_000)
     guidance_scale: float = setting(7.5, PICTURES, "classifier-free guidance, also of validation", low=0.0)
-    num_inference_steps: int = setting(25, PICTURES, "denoising steps, also of validation", low=1)
+    num_inference_steps: int = setting(25, PICTURES, "denoising steps, also of validation", low=1, high=1000)
     scheduler: str = setting(
         "ddim", PICTURES, "sampler, also of validation; base = the base's own", choices=SCHEDULERS
     )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sd_atoms.errors import UserError
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
+from sd_atoms.pipeline.adapters import add_text_adapter
 from sd_atoms.pipeline.tokens import initializer_rows
 from sd_atoms.training.batch import Texts, loss_of, samples
 from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
@@ -73,10 +74,7 @@ def attach(pipe, config: TrainConfig) -> None:
             )
         else:
             settings = AtomsConfig(m=0, kc=config.text_kc, seed=config.seed, target_modules=TEXT_TARGETS)
-        pipe.text_encoder.add_adapter(settings, "default")
-        for parameter in pipe.text_encoder.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        add_text_adapter(pipe.text_encoder, settings)
 
 
 def train(
@@ -85,6 +83,7 @@ def train(
     accelerator,
     dataset: Dataset,
     folder: Path,
+    begin: Callable[[], None],
     validate: Callable[[int], None],
 ) -> Outcome:
     """Trains the adapter that `attach` put into `pipe`.
@@ -95,6 +94,7 @@ def train(
         accelerator: made with the config's mixed precision and accumulation.
         dataset: what to learn from.
         folder: the run folder; log and checkpoints go there.
+        begin: called on every process when all is ready; until then nothing is written.
         validate: called on every process with the step after each `validation_steps`, when a prompt is set.
 
     Raises:
@@ -137,7 +137,12 @@ def train(
         progress.mean = {name: p.detach().clone() for name, p in parameters.items()}
     if config.resume_from_checkpoint:
         path = find_checkpoint(config.resume_from_checkpoint, folder / CHECKPOINTS)
+        keeps_mean = bool(progress.mean)
         progress = load_checkpoint(path, parameters, optimizer, accelerator.scaler)
+        if bool(progress.mean) != keeps_mean:
+            raise UserError(f"{path}: belongs to a run with another ema_decay")
+    begin()
+    if config.resume_from_checkpoint:
         if main:
             cut_log(folder / LOG, progress.step)
         accelerator.print(f"Resuming {path.name} at step {progress.step}")

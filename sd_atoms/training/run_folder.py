@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import write_json, write_text
-from sd_atoms.settings import to_yaml
+from sd_atoms.files import leftovers, write_json, write_text
+from sd_atoms.settings import read_yaml, shown, to_yaml
+from sd_atoms.training.checkpoint import find_checkpoint, read_header
 from sd_atoms.training.config import TrainConfig
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
@@ -35,7 +36,7 @@ def check_output(config: TrainConfig) -> None:
 
     Raises:
         UserError: the folder holds something and neither overwriting nor resuming was asked for; or the run to resume
-            had other settings.
+            had other settings, or its checkpoint is missing or broken.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -45,7 +46,8 @@ def check_output(config: TrainConfig) -> None:
         if not holds_run:
             raise UserError(f"output_dir: {folder} holds no run to resume")
         _check_same_settings(config, folder / CONFIG)
-    elif folder.exists() and any(folder.iterdir()):
+        read_header(find_checkpoint(config.resume_from_checkpoint, folder / CHECKPOINTS))
+    elif folder.exists() and set(folder.iterdir()) - set(leftovers(folder)):
         if not holds_run:
             raise UserError(f"output_dir: {folder} holds files that are not a run; choose an empty or new folder")
         if not config.overwrite:
@@ -56,14 +58,17 @@ def check_output(config: TrainConfig) -> None:
 
 
 def open_run(config: TrainConfig, processes: int) -> None:
-    """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow."""
+    """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow.
+
+    The folder counts as a run at every moment, so that --overwrite works on what a killed process left.
+    """
     folder = Path(config.output_dir)
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)
     if not config.resume_from_checkpoint:
         for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE):
             shutil.rmtree(folder / entry, ignore_errors=True)
-        for path in [folder / entry for entry in (LOG, METRICS, CONFIG, ENVIRONMENT)] + [
-            *folder.glob("*.safetensors")
-        ]:
+        for path in [folder / entry for entry in (LOG, METRICS, ENVIRONMENT)] + [*folder.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
     saved = dataclasses.replace(config, overwrite=False, resume_from_checkpoint=None)
     write_text(folder / CONFIG, to_yaml(saved))
@@ -88,11 +93,15 @@ def environment(processes: int) -> dict:
 def read_log(path: Path) -> list[dict]:
     """The entries of a log.jsonl, one per optimiser step; half a last line, as a killed run leaves it, is no entry."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+            numbers = entry["step"], entry["loss"], entry.setdefault("seconds", 0.0)
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            break
+        entries.append(entry)
     return entries
 
 
@@ -103,15 +112,11 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def _check_same_settings(config: TrainConfig, path: Path) -> None:
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = yaml.safe_load(to_yaml(config))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {value!r}"
-            for key, value in now.items()
-            if key not in FREE_ON_RESUME and before.get(key) != value and not (key == "resolution" and value is None)
-        ]
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    before, now = read_yaml(path), yaml.safe_load(to_yaml(config))
+    changed = [
+        f"{key} was {shown(before.get(key))}, now {shown(value)}"
+        for key, value in now.items()
+        if key not in FREE_ON_RESUME and before.get(key) != value and not (key == "resolution" and value is None)
+    ]
     if changed:
         raise UserError(f"resume_from_checkpoint: the run had other settings: {'; '.join(changed)}")

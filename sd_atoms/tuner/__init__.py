@@ -11,7 +11,7 @@ from sd_atoms.tuner.config import PEFT_TYPE, AtomsConfig
 from sd_atoms.tuner.layer import AtomsConv, AtomsLayer, AtomsLinear
 from sd_atoms.tuner.model import AtomsModel
 from sd_atoms.tuner.plan import LayerPlan, layer_plan
-from sd_atoms.tuner.swap import swap_adapter
+from sd_atoms.tuner.swap import check_swap, swap_adapter
 from sd_atoms.tuner.targets import TARGET_SETS, named_targets
 
 peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AtomsConfig
@@ -27,6 +27,7 @@ __all__ = [
     "AtomsModel",
     "LayerPlan",
     "add_weighted_adapter",
+    "check_swap",
     "layer_plan",
     "named_targets",
     "swap_adapter",

@@ -26,12 +26,8 @@ def swap_adapter(model: nn.Module, adapter: str, config: AtomsConfig, state: Map
     Raises:
         ValueError: the new numbers do not fit in; nothing is changed then.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AtomsLayer) and adapter in module.plan
-    }
-    _check(layers, model.peft_config[adapter], config, state, adapter)
+    check_swap(model, adapter, config, state)
+    layers = _layers(model, adapter)
     names = {key.rpartition(".")[0] for key in state}
     for name, layer in layers.items():
         for part in (*layer.adapter_layer_names, "atoms_initial", "atoms_block_initial"):
@@ -52,7 +48,13 @@ def swap_adapter(model: nn.Module, adapter: str, config: AtomsConfig, state: Map
         layer.moved[adapter] = True
 
 
-def _check(layers, loaded: AtomsConfig, config: AtomsConfig, state, adapter: str) -> None:
+def check_swap(model: nn.Module, adapter: str, config: AtomsConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Whether `swap_adapter` can write these numbers over those of a loaded adapter.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    layers, loaded = _layers(model, adapter), model.peft_config[adapter]
     for setting in ("solver", "kc", "m1", "train_beta", *(("l1",) if config.solver == "sparse" else ())):
         ours, theirs = getattr(loaded, setting), getattr(config, setting)
         if ours != theirs and not (setting == "m1" and 0 < theirs <= ours):
@@ -71,3 +73,11 @@ def _check(layers, loaded: AtomsConfig, config: AtomsConfig, state, adapter: str
             misfits.append(f"{key} {tuple(value.shape)} into {tuple(room) or 'nothing'}")
     if misfits:
         raise ValueError(f"{len(misfits)} of its tensors do not fit into {adapter!r}: {'; '.join(misfits[:3])}")
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, AtomsLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AtomsLayer) and adapter in module.plan
+    }

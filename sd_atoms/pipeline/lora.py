@@ -1,0 +1,113 @@
+"""LoRA on a text encoder: the settings that are kept of it, its shapes, and other numbers in a loaded one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from sd_atoms.tuner.plan import matching
+
+LORA_TYPE = "LORA"
+LORA_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+LORA_PARTS = ("lora_A.weight", "lora_B.weight")
+
+
+def lora_config(settings: Mapping[str, Any]) -> LoraConfig:
+    """The config that settings stand for, as PEFT writes them; those beyond LORA_KEYS matter to training only.
+
+    Raises:
+        ValueError: a setting is out of range, or it is DoRA.
+    """
+    if settings.get("use_dora"):
+        raise ValueError("use_dora=True: DoRA is not supported, only LoRA")
+    config = LoraConfig(**{key: settings[key] for key in LORA_KEYS if key in settings}, inference_mode=True)
+    if not isinstance(config.rank_pattern, dict) or not isinstance(config.alpha_pattern, dict):
+        raise ValueError("rank_pattern and alpha_pattern must be tables of module names")
+    if not isinstance(config.use_rslora, bool):
+        raise ValueError(f"use_rslora={config.use_rslora!r}: True or False is allowed")
+    for rank in (config.r, *config.rank_pattern.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"r={rank!r}: an integer from 1 on is allowed")
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha={alpha!r}: a number is allowed")
+    return config
+
+
+def lora_shapes(config: LoraConfig, name: str, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What LoRA keeps for the layer of that name: part -> shape.
+
+    Raises:
+        ValueError: the layer is not Linear.
+    """
+    if type(layer) is not nn.Linear:
+        raise ValueError(f"is a {type(layer).__name__}, LoRA is read for Linear")
+    rank = _rank(config, name)
+    return {"lora_A.weight": (rank, layer.in_features), "lora_B.weight": (layer.out_features, rank)}
+
+
+def check_lora_swap(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Whether `swap_lora` can write these numbers over those of a loaded LoRA.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    layers = _layers(model, adapter)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError(f"{adapter!r} cannot be swapped while adapters are merged (fused)")
+    misfits = []
+    for key, value in state.items():
+        name, matrix, _ = key.rsplit(".", 2)
+        room = getattr(layers[name], matrix)[adapter].weight.shape if name in layers else ()
+        if len(room) != value.dim() or any(size > most for size, most in zip(value.shape, room, strict=True)):
+            misfits.append(f"{key} {tuple(value.shape)} into {tuple(room) or 'nothing'}")
+    if misfits:
+        raise ValueError(f"{len(misfits)} of its tensors do not fit into {adapter!r}: {'; '.join(misfits[:3])}")
+
+
+@torch.no_grad()
+def swap_lora(model: nn.Module, adapter: str, config: LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Writes the numbers of another LoRA over those of a loaded one, in place, once `check_lora_swap` has passed.
+
+    Every tensor stays where it is. A lower rank, or fewer layers, are filled up with zeros, which change nothing; the
+    rank stays what the tensors have, and alpha becomes what gives the new LoRA its strength at that rank.
+    """
+    layers, alphas = _layers(model, adapter), {}
+    for name, layer in layers.items():
+        for part in LORA_PARTS:
+            place, value = getattr(layer, part.partition(".")[0])[adapter].weight, state.get(f"{name}.{part}")
+            place.zero_()
+            if value is not None:
+                place[tuple(map(slice, value.shape))] = value.to(place)
+        if f"{name}.{LORA_PARTS[0]}" in state:
+            divisor = _divisor(layer.r[adapter], layer.use_rslora[adapter])
+            before = layer.lora_alpha[adapter] / divisor
+            strength = layer.scaling[adapter] / before if before else 1.0  # as `set_adapters` has set it
+            alpha = matching(config.alpha_pattern, name)
+            alpha = config.lora_alpha if alpha is None else alpha
+            scaling = alpha / _divisor(_rank(config, name), config.use_rslora)
+            layer.lora_alpha[adapter] = scaling * divisor
+            layer.scaling[adapter] = scaling * strength
+        alphas[name] = layer.lora_alpha[adapter]
+    model.peft_config[adapter].alpha_pattern = alphas
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    rank = matching(config.rank_pattern, name)
+    return config.r if rank is None else rank
+
+
+def _divisor(rank: int, use_rslora: bool) -> float:
+    return math.sqrt(rank) if use_rslora else rank
