@@ -133,7 +133,8 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
 
 def _settings(settings: type, words: list[str], program: str, description: str):
     """Flags and the YAML file of --config as settings."""
-    parser = Parser(prog=program, description=description)
+    # a list of all flags would hide the groups below it
+    parser = Parser(prog=program, usage="%(prog)s [--config FILE] [--FLAG VALUE …]", description=description)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings; flags of the command line win over it"
     )

@@ -368,3 +368,8 @@ def test_help_lists_every_setting(capsys):
     text = capsys.readouterr().out
     for flag in ("--pretrained_model_name_or_path", "--placeholder_token", "--no-train_token_embedding", "--form"):
         assert flag in text
+    groups = ("model:", "data:", "token and text encoder:", "prior preservation:", "adapter:", "run:", "objective:",
+              "optimiser:", "validation:", "pictures at the end:", "precision and logging:", "sharing:")  # fmt: skip
+    places = [text.index(f"\n{group}\n") for group in groups]
+    assert places == sorted(places)
+    assert len(text[: places[0]].splitlines()) < 12

@@ -1,6 +1,7 @@
 """The pre-flight check: every check by itself, and the command."""
 
 import dataclasses
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -13,8 +14,31 @@ from sd_atoms.cli import main
 from sd_atoms.data.pictures import picture_of
 from sd_atoms.errors import UserError
 from sd_atoms.pocket import packaged_path
-from sd_atoms.recipes import doctor
-from sd_atoms.recipes.doctor import Finding, Look
+from sd_atoms.recipes.doctor import Finding, examine, preflight, report
+from sd_atoms.recipes.doctor.disk import disk, disk_needs, writable
+from sd_atoms.recipes.doctor.memory import activation_bytes, cpu_flags, memory, memory_needed, precision
+from sd_atoms.recipes.doctor.pictures import (
+    Look,
+    alike,
+    counted,
+    cut,
+    enlarged,
+    held_out,
+    look_at,
+    passes,
+    training_size,
+    turned,
+)
+from sd_atoms.recipes.doctor.prompts import (
+    braces,
+    initializer,
+    long_prompts,
+    run_prompts,
+    unseen_words,
+    whole_words,
+    with_words,
+)
+from sd_atoms.recipes.doctor.settings import class_pictures, intervals, rates, trained_numbers
 from sd_atoms.training.config import Concept, TrainConfig
 from sd_atoms.training.dataset import Source
 from sd_atoms.training.optimiser import with_rates
@@ -62,34 +86,32 @@ def one(findings, level, *parts):
 
 
 def test_pictures_are_counted_and_few_are_a_warning():
-    fact = one(
-        doctor.counted("photos", 3, looks_of((9, 9), (8, 6), (7, 9))), "fact", "photos: 3 pictures of 8 x 6 to 9 x 9"
-    )
+    fact = one(counted("photos", 3, looks_of((9, 9), (8, 6), (7, 9))), "fact", "photos: 3 pictures of 8 x 6 to 9 x 9")
     assert "looked at" not in fact.text
-    assert "the first 1 were looked at" in doctor.counted("photos", 2000, looks_of((9, 9)))[0].text
-    one(doctor.counted("photos", 2, looks_of((9, 9), (9, 9)))[1:], "warning", "2 pictures can be learned by heart")
+    assert "the first 1 were looked at" in counted("photos", 2000, looks_of((9, 9)))[0].text
+    one(counted("photos", 2, looks_of((9, 9), (9, 9)))[1:], "warning", "2 pictures can be learned by heart")
 
 
 def test_small_pictures_are_a_warning_with_the_percentage():
     looks = looks_of((512, 512), (256, 400), (500, 512))
-    found = doctor.enlarged("photos", looks, [(512, 512)] * 3)
+    found = enlarged("photos", looks, [(512, 512)] * 3)
     one(found, "warning", "2 of 3 pictures are too small", "up to 100% (1.png, 256 x 400 px)")
-    assert doctor.enlarged("photos", looks[:1], [(512, 512)]) == []
+    assert enlarged("photos", looks[:1], [(512, 512)]) == []
 
 
 def test_the_cropped_share_of_shapes_far_from_square():
     looks = looks_of((400, 300), (1600, 400), (512, 512))
-    found = doctor.cut("photos", looks, [(512, 512)] * 3)
+    found = cut("photos", looks, [(512, 512)] * 3)
     one(found, "warning", "1 of 3 pictures is cropped by up to 75% (1.png", "aspect_ratio_buckets")
-    targets = [doctor.training_size(look.size, 512, 64, buckets=True) for look in looks]
+    targets = [training_size(look.size, 512, 64, buckets=True) for look in looks]
     assert targets[2] == (512, 512)
     one(
-        doctor.cut("photos", looks, targets),
+        cut("photos", looks, targets),
         "warning",
         "1 of 3 pictures is cropped by up to 58%",
         "no bucket is so long",
     )
-    assert doctor.training_size((4, 3), 512, 64, buckets=False) == (512, 512)
+    assert training_size((4, 3), 512, 64, buckets=False) == (512, 512)
 
 
 def test_pictures_that_are_there_twice_or_nearly(tmp_path):
@@ -100,11 +122,11 @@ def test_pictures_that_are_there_twice_or_nearly(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "d.png")
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "e.png")
     shutil.copy(packaged_path("pocket:castle") / "2.png", tmp_path / "f.png")
-    looks = [doctor.look_at(picture_of(path)) for path in sorted(tmp_path.iterdir())]
-    same, near = doctor.alike("photos", looks)
+    looks = [look_at(picture_of(path)) for path in sorted(tmp_path.iterdir())]
+    same, near = alike("photos", looks)
     one([same], "warning", "the same picture several times: a.png = b.png")
     one([near], "warning", "nearly the same: a.png and c.jpg")
-    assert doctor.alike("photos", [looks[0], looks[-1]]) == []
+    assert alike("photos", [looks[0], looks[-1]]) == []
 
 
 def test_turned_pictures_are_a_fact(tmp_path):
@@ -112,19 +134,19 @@ def test_turned_pictures_are_a_fact(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=exif)
     Image.new("RGB", (64, 32)).save(tmp_path / "b.jpg")
-    looks = [doctor.look_at(picture_of(path)) for path in sorted(tmp_path.iterdir())]
+    looks = [look_at(picture_of(path)) for path in sorted(tmp_path.iterdir())]
     assert [look.size for look in looks] == [(32, 64), (64, 32)]
-    assert one(doctor.turned("photos", looks), "fact").text.endswith(": a.jpg")
+    assert one(turned("photos", looks), "fact").text.endswith(": a.jpg")
 
 
 def test_an_epoch_that_is_not_finished():
-    one(doctor.passes(100, 30, 2), "warning", "40 of 100 are never seen", "50 steps see each once")
-    one(doctor.passes(5, 300, 1), "fact", "each is seen 60 times")
+    one(passes(100, 30, 2), "warning", "40 of 100 are never seen", "50 steps see each once")
+    one(passes(5, 300, 1), "fact", "each is seen 60 times")
 
 
 def test_nothing_left_to_learn_from():
-    one(doctor.held_out(5, 5), "error", "holdout_images: 5 of 5 pictures leave none", "at most 4")
-    assert doctor.held_out(1, 5) == []
+    one(held_out(5, 5), "error", "holdout_images: 5 of 5 pictures leave none", "at most 4")
+    assert held_out(1, 5) == []
 
 
 # Prompts
@@ -141,7 +163,7 @@ def test_every_prompt_of_a_run_and_where_it_comes_from(tmp_path):
     )
     source = castle(config)
     first = dataclasses.replace(source.pictures[0], caption="{} in the fog")
-    prompts, findings = doctor.run_prompts(config, [Source(source.concept, [first, *source.pictures[1:]])])
+    prompts, findings = run_prompts(config, [Source(source.concept, [first, *source.pictures[1:]])])
     assert findings == []
     assert prompts == {
         "photo of a <castle>.": "instance_prompt",
@@ -156,7 +178,7 @@ def test_every_prompt_of_a_run_and_where_it_comes_from(tmp_path):
 def test_files_of_prompts_that_cannot_be_used_are_errors(tmp_path):
     (tmp_path / "t.txt").write_text("no braces\n")
     config = config_of(prompts_file=str(tmp_path / "t.txt"), instance_prompts_file=str(tmp_path / "none.txt"))
-    _, findings = doctor.run_prompts(config, [])
+    _, findings = run_prompts(config, [])
     assert [finding.level for finding in findings] == ["error", "error"]
     assert "none.txt: cannot be read" in findings[0].line
     assert "t.txt, line 1: 'no braces'" in findings[1].line
@@ -164,48 +186,48 @@ def test_files_of_prompts_that_cannot_be_used_are_errors(tmp_path):
 
 def test_braces():
     def found(text):
-        return doctor.braces({text: "validation_prompt"}, [Concept(placeholder_token="<c>")])
+        return braces({text: "validation_prompt"}, [Concept(placeholder_token="<c>")])
 
     one(found("a { castle"), "error", "validation_prompt: 'a { castle' has a brace")
     one(found("a }{"), "error")
     one(found("a {} at night"), "warning", "{} stays as it is", "write <c> in its place")
     assert found("a {very old} <c>") == []
-    assert doctor.braces({"a {c": "instance_prompt"}, [Concept(placeholder_token="{c")]) == []
+    assert braces({"a {c": "instance_prompt"}, [Concept(placeholder_token="{c")]) == []
 
 
 def test_a_long_prompt_and_the_first_words_that_are_lost(pocket):
     text = "a " * 75 + "castle in the snow"
-    tokenizer = doctor.with_words(pocket.tokenizer, ["<castle>"])
-    found = doctor.long_prompts(tokenizer, {text: "instance_prompt", "a castle": "validation_prompt"})
+    tokenizer = with_words(pocket.tokenizer, ["<castle>"])
+    found = long_prompts(tokenizer, {text: "instance_prompt", "a castle": "validation_prompt"})
     one(found, "warning", "instance_prompt: ", "has 81 tokens, of 77 that are read: lost from 'castle in the snow' on")
-    (found,) = doctor.long_prompts(tokenizer, {"a " * 72 + "qqqqqq by <castle>": "instance_prompt"})
+    (found,) = long_prompts(tokenizer, {"a " * 72 + "qqqqqq by <castle>": "instance_prompt"})
     assert found.text.endswith("lost from 'qqqqqq by <castle>' on")
-    found = doctor.long_prompts(pocket.tokenizer, {f"{number} {text}": "captions" for number in range(9)})
+    found = long_prompts(pocket.tokenizer, {f"{number} {text}": "captions" for number in range(9)})
     assert [finding.about for finding in found] == ["captions"] * 3 + ["prompts"]
     assert found[-1].text == "6 more are cut too"
-    assert doctor.long_prompts(pocket.tokenizer, {"a " * 74 + "castle": "instance_prompt"}) == []
+    assert long_prompts(pocket.tokenizer, {"a " * 74 + "castle": "instance_prompt"}) == []
 
 
 def test_how_an_initializer_is_split(pocket):
-    assert doctor.initializer(pocket.tokenizer, "castle") == []
-    one(doctor.initializer(pocket.tokenizer, "qqzz"), "error", "'qqzz' is 4 tokens", "(q + q + z + z)")
+    assert initializer(pocket.tokenizer, "castle") == []
+    one(initializer(pocket.tokenizer, "qqzz"), "error", "'qqzz' is 4 tokens", "(q + q + z + z)")
 
 
 def test_a_new_word_is_one_token_in_a_copy_of_the_tokenizer(pocket):
     before = len(pocket.tokenizer)
-    tokenizer = doctor.with_words(pocket.tokenizer, ["<castle>"])
+    tokenizer = with_words(pocket.tokenizer, ["<castle>"])
     assert (len(tokenizer), len(pocket.tokenizer)) == (before + 1, before)
-    assert doctor.whole_words(tokenizer, ["<castle>"]) == []
-    one(doctor.whole_words(pocket.tokenizer, ["<castle>"]), "error", "'<castle>' is read as 3 tokens (< + castle + >)")
+    assert whole_words(tokenizer, ["<castle>"]) == []
+    one(whole_words(pocket.tokenizer, ["<castle>"]), "error", "'<castle>' is read as 3 tokens (< + castle + >)")
 
 
 def test_a_validation_prompt_without_the_concept(pocket):
-    tokenizer = doctor.with_words(pocket.tokenizer, ["<castle>", "<tower>", "<canal>"])
+    tokenizer = with_words(pocket.tokenizer, ["<castle>", "<tower>", "<canal>"])
     words = [("<castle>", "<tower>"), ("<canal>",)]
-    one(doctor.unseen_words(tokenizer, "a castle", words), "warning", "lacks the placeholder <castle> <tower>")
-    one(doctor.unseen_words(tokenizer, "a <castle>", words), "warning", "lacks the placeholder <tower>")
-    assert doctor.unseen_words(tokenizer, "a <canal>", words) == []
-    assert doctor.unseen_words(tokenizer, "a castle", [()]) == []
+    one(unseen_words(tokenizer, "a castle", words), "warning", "lacks the placeholder <castle> <tower>")
+    one(unseen_words(tokenizer, "a <castle>", words), "warning", "lacks the placeholder <tower>")
+    assert unseen_words(tokenizer, "a <canal>", words) == []
+    assert unseen_words(tokenizer, "a castle", [()]) == []
 
 
 # Trained numbers and the disk
@@ -225,7 +247,7 @@ def test_trained_numbers_are_those_of_the_run(pipe, settings):
     from sd_atoms.training.loop import attach
 
     config = config_of(**settings)
-    count, findings = doctor.trained_numbers(config, pipe)
+    count, findings = trained_numbers(config, pipe)
     one(findings, "fact", "of atoms")
     attach(pipe, config)
     parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
@@ -242,7 +264,7 @@ def test_trained_numbers_are_those_of_the_run(pipe, settings):
     ],
 )
 def test_a_target_that_does_not_fit_is_an_error(pocket, settings, message):
-    count, findings = doctor.trained_numbers(config_of(**settings), pocket)
+    count, findings = trained_numbers(config_of(**settings), pocket)
     assert count == 0
     one(findings, "error", message)
 
@@ -251,9 +273,9 @@ def test_what_a_run_writes():
     config = config_of(max_train_steps=100, checkpointing_steps=10, num_instance_images=1)
     drawn = 4 * 2 * 64 * 64
     sizes = dict(trained=1000, steps=100, resolution=64, pictures=5, prompts=2, width=8)
-    assert doctor.disk_needs(config, **sizes) == {"output_dir": (10 * 3 + 4) * 4000 + drawn}
+    assert disk_needs(config, **sizes) == {"output_dir": (10 * 3 + 4) * 4000 + drawn}
     config = dataclasses.replace(config, checkpoints_total_limit=2, ema_decay=0.9, cache_dir="c")
-    assert doctor.disk_needs(config, **sizes) == {
+    assert disk_needs(config, **sizes) == {
         "output_dir": (3 * 4 + 4) * 4000 + drawn,
         "cache_dir": 5 * 2 * 4 * 8 * 8 * 4 + 2 * 77 * 8 * 4,
     }
@@ -262,64 +284,64 @@ def test_what_a_run_writes():
 def test_a_disk_without_room_is_an_error_with_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 2_500_000))
     config = config_of(output_dir=str(tmp_path / "runs" / "a"), cache_dir=str(tmp_path / "cache"))
-    one(doctor.disk(config, {"output_dir": 1e6, "cache_dir": 1e6}), "fact", "output_dir and cache_dir: about 2.0 MB")
-    one(doctor.disk(config, {"output_dir": 2e6, "cache_dir": 1e6}), "error", "about 3.0 MB", "2.5 MB are free")
+    one(disk(config, {"output_dir": 1e6, "cache_dir": 1e6}), "fact", "output_dir and cache_dir: about 2.0 MB")
+    one(disk(config, {"output_dir": 2e6, "cache_dir": 1e6}), "error", "about 3.0 MB", "2.5 MB are free")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     config = config_of(output_dir=str(tmp_path / "file" / "run"))
-    one(doctor.disk(config, {"output_dir": 1}), "error", f"output_dir: {tmp_path / 'file'} is a file")
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
-    one(doctor.writable("output_dir", tmp_path), "error", f"{tmp_path} cannot be written to")
+    one(disk(config, {"output_dir": 1}), "error", f"output_dir: {tmp_path / 'file'} is a file")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    one(writable("output_dir", tmp_path), "error", f"{tmp_path} cannot be written to")
 
 
 # Device and memory
 
 
 def test_precisions_and_devices():
-    one(doctor.precision("cpu", "bf16", False), "warning", "emulated and slow", "set no")
-    one(doctor.precision("cuda", "bf16", False), "warning", "this card", "set fp16 or no")
-    one(doctor.precision("cpu", "fp16", None), "error", "fp16 does not train on a CPU")
-    one(doctor.precision("mps", "fp16", None), "warning", "fp32")
+    one(precision("cpu", "bf16", False), "warning", "emulated and slow", "set no")
+    one(precision("cuda", "bf16", False), "warning", "this card", "set fp16 or no")
+    one(precision("cpu", "fp16", None), "error", "fp16 does not train on a CPU")
+    one(precision("mps", "fp16", None), "warning", "fp32")
     for device, wanted, native in (("cpu", "no", False), ("cpu", "bf16", None), ("cuda", "fp16", False)):
-        assert doctor.precision(device, wanted, native) == []
+        assert precision(device, wanted, native) == []
 
 
 def test_cpu_flags(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu avx512_bf16\n\nflags\t\t: fpu\n")
-    assert doctor.cpu_flags(tmp_path / "cpuinfo") == {"fpu", "avx512_bf16"}
-    assert doctor.cpu_flags(tmp_path / "none") is None
+    assert cpu_flags(tmp_path / "cpuinfo") == {"fpu", "avx512_bf16"}
+    assert cpu_flags(tmp_path / "none") is None
 
 
 def test_the_memory_estimate_agrees_with_the_measurements():
     def step(px, batch=1, checkpointing=False):
-        return doctor.activation_bytes(320, (px // 8) ** 2, batch, "no", checkpointing) / 1e9
+        return activation_bytes(320, (px // 8) ** 2, batch, "no", checkpointing) / 1e9
 
     assert (step(256), step(256, 2), step(512)) == pytest.approx((0.69, 1.16, 2.05), abs=0.02)
     assert (step(256, checkpointing=True), step(512, checkpointing=True)) == pytest.approx((0.40, 1.06), abs=0.05)
-    assert doctor.memory_needed(1000, 0, 10.0, "no") == 4010
-    assert doctor.memory_needed(1000, 100, 10.0, "bf16") == 4000  # opening takes more than a step
-    one([doctor.memory(2e9, 1e9)], "warning", "memory: about 2.0 GB are needed, 1.0 GB are free")
-    one([doctor.memory(1e9, 2e9)], "fact")
+    assert memory_needed(1000, 0, 10.0, "no") == 4010
+    assert memory_needed(1000, 100, 10.0, "bf16") == 4000  # opening takes more than a step
+    one([memory(2e9, 1e9)], "warning", "memory: about 2.0 GB are needed, 1.0 GB are free")
+    one([memory(1e9, 2e9)], "fact")
 
 
 # Settings
 
 
 def test_learning_rates_far_from_usual():
-    one(doctor.rates(config_of(learning_rate=1.0)), "warning", "learning_rate: 1 is 100 times the usual 0.01")
-    one(doctor.rates(config_of(learning_rate=1e-4)), "warning", "1/100 of the usual 0.01")
-    one(doctor.rates(config_of(train_text_encoder=True, text_learning_rate=1.0)), "warning", "text_learning_rate: ")
+    one(rates(config_of(learning_rate=1.0)), "warning", "learning_rate: 1 is 100 times the usual 0.01")
+    one(rates(config_of(learning_rate=1e-4)), "warning", "1/100 of the usual 0.01")
+    one(rates(config_of(train_text_encoder=True, text_learning_rate=1.0)), "warning", "text_learning_rate: ")
     for settings in (dict(), dict(learning_rate=0.0), dict(text_learning_rate=9.0), dict(optimizer="prodigy")):
-        assert doctor.rates(config_of(**settings)) == []
+        assert rates(config_of(**settings)) == []
 
 
 def test_what_a_run_is_too_short_for():
-    assert doctor.intervals(config_of(), 300) == []
+    assert intervals(config_of(), 300) == []
     config = config_of(validation_prompt="a <castle>", validation_loss_steps=50)
-    levels = {finding.about: finding.level for finding in doctor.intervals(config, 10)}
+    levels = {finding.about: finding.level for finding in intervals(config, 10)}
     assert levels == {
         "checkpointing_steps": "fact",
         "validation_steps": "warning",
@@ -331,8 +353,8 @@ def test_what_a_run_is_too_short_for():
 def test_class_pictures_that_have_to_be_drawn(tmp_path):
     config = config_of(prior="images", class_prompt="a castle", class_data_dir=str(tmp_path), num_class_images=8)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    one(doctor.class_pictures(config), "fact", "7 pictures will be drawn")
-    assert doctor.class_pictures(config_of()) == []
+    one(class_pictures(config), "fact", "7 pictures will be drawn")
+    assert class_pictures(config_of()) == []
 
 
 # All together
@@ -341,21 +363,21 @@ def test_class_pictures_that_have_to_be_drawn(tmp_path):
 def test_a_clean_run_has_no_warning_and_nothing_changes(pocket, tmp_path):
     config = config_of(output_dir=str(tmp_path / "run"), validation_prompt="a <castle>")
     before = len(pocket.tokenizer)
-    findings = doctor.examine(config, [castle(config)], pocket, 1)
+    findings = examine(config, [castle(config)], pocket, 1)
     assert {finding.level for finding in findings} == {"fact"}
-    assert doctor.preflight(config, [castle(config)], pocket, 1) == []
+    assert preflight(config, [castle(config)], pocket, 1) == []
     assert len(pocket.tokenizer) == before
     assert list(tmp_path.iterdir()) == []
 
 
 def test_preflight_gives_warnings_and_raises_all_errors_in_one_line(pocket):
     config = config_of(learning_rate=9.0, validation_prompt="a castle")
-    warnings = doctor.preflight(config, [castle(config)], pocket, 1)
+    warnings = preflight(config, [castle(config)], pocket, 1)
     assert len(warnings) == 2
     assert all(line.startswith("warning: ") and "\n" not in line for line in warnings)
     config = config_of(initializer_token="qqqqzzzz", target="nothing", resolution=100)
     with pytest.raises(UserError) as stop:
-        doctor.preflight(config, [castle(config)], pocket, 1)
+        preflight(config, [castle(config)], pocket, 1)
     message = str(stop.value)
     assert "\n" not in message
     for part in ("initializer_token: 'qqqqzzzz' is 8 tokens", "target='nothing'", "100 is not a multiple of 32"):
@@ -368,7 +390,7 @@ def test_a_report_lists_errors_first_and_each_fix_after_an_arrow():
         Finding("warning", "learning_rate", "9 is odd", "leave it out"),
         Finding("error", "photos", "2 of 5 cannot be used:\n  a.png: empty\n  b.png: empty", "remove them"),
     ]
-    assert doctor.report(findings) == (
+    assert report(findings) == (
         "error    photos: 2 of 5 cannot be used:\n"
         "           a.png: empty\n"
         "           b.png: empty\n"

@@ -86,6 +86,9 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
         moments = _moments(tensors)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]}); resume an earlier one")
     saved, mean, best = (_of_kind(tensors, kind) for kind in ("parameter", "mean", "best"))
     shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
     for values in (saved, mean or saved, best or saved):
