@@ -36,11 +36,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: no space left on the disk; nothing was overwritten") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"{path}: cannot be written ({os.strerror(number)})") from error
         raise
     finally:
         if temporary is not None:
@@ -62,6 +63,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes `value` as indented JSON, all or nothing."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _error_number(error: Exception) -> int | None:
+    """The operating system's number of an error; the safetensors library hides it in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return int(hidden[1]) if hidden else None
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
+from safetensors import SafetensorError
 from torch import nn
 
 from sd_atoms.errors import UserError
@@ -341,6 +342,19 @@ def test_the_newest_checkpoint_stays_even_if_its_number_is_the_lowest(tmp_path):
     # resumed from an older file: step 50 comes after step 100
     newest = save_checkpoint(tmp_path, Progress(50), parameters, optimizer, None, 1)
     assert newest in checkpoints(tmp_path)
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
+    parameters, optimizer = adam()
+    kept = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, None, 1)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sd_atoms.training.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="checkpoint-2.safetensors: no space left on the disk"):
+        save_checkpoint(tmp_path, Progress(2), parameters, optimizer, None, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
 def test_mean_best_and_what_an_optimiser_keeps_beside_its_state_come_back(tmp_path):

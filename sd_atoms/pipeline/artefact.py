@@ -13,7 +13,6 @@ knew about base, tokens, prompt, training and versions.
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -294,7 +293,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         about = json.loads(metadata[HEADER]) if HEADER in metadata else None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: corrupt or not a safetensors file ({error})") from error
     if about is not None and (not isinstance(about, dict) or about.get("format", 0) > FORMAT):
         raise UserError(f"{path}: written in a newer format than {FORMAT}; update sd-atoms")
@@ -304,15 +303,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, header: dict[str, str]) -> None:
     with replacing(path) as temporary:
         ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
-        try:
-            save_file(ready, temporary, metadata={"format": "pt", **header})
-        except SafetensorError as error:  # the library hides the operating system's error in its text
-            raise _as_os_error(error) from error
-
-
-def _as_os_error(error: SafetensorError) -> Exception:
-    code = re.search(r"os error (\d+)", str(error))
-    return OSError(int(code.group(1)), str(error)) if code else error
+        save_file(ready, temporary, metadata={"format": "pt", **header})
 
 
 def _header(artefact: Artefact) -> dict[str, str]:
