@@ -11,11 +11,12 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.training.config import TrainConfig
 
-# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md). Prodigy finds its own rate and wants 1.
+# Those of atoms were found by `sd-atoms sweep` on the pocket base (docs/sweep.md), the others are as usual elsewhere.
+# Prodigy finds its own rate and wants 1.
 DEFAULT_RATES = {
     "shared atoms": 1e-2,
     "overcomplete atoms": 1e-2,
-    "block atoms": 1e-3,
+    "block atoms": 3e-3,
     "β": 1e-3,
     "token": 1e-3,
     "text atoms": 1e-3,
