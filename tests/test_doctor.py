@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 def test_precisions_and_devices():
     one(precision("cpu", "bf16", False), "warning", "emulated and slow", "set no")
     one(precision("cuda", "bf16", False), "warning", "this card", "set fp16 or no")
-    one(precision("cpu", "fp16", None), "error", "fp16 does not train on a CPU")
+    one(precision("cpu", "fp16", None), "warning", "fp16 is emulated on a CPU")
     one(precision("mps", "fp16", None), "warning", "fp32")
     for device, wanted, native in (("cpu", "no", False), ("cpu", "bf16", None), ("cuda", "fp16", False)):
         assert precision(device, wanted, native) == []

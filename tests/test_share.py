@@ -1,5 +1,6 @@
 """A finished run as something to give away: the folder, its card, and the way to the hub (which is never called)."""
 
+import dataclasses
 import getpass
 import json
 import re
@@ -14,9 +15,9 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sd_atoms import load_atoms
 from sd_atoms.cli import main, train_main
@@ -197,17 +198,21 @@ def test_the_code_of_the_card_draws(run, monkeypatch):
 
 
 def test_a_text_encoder_goes_along_and_a_second_writing_replaces_the_first(run):
-    text_encoder = run / "adapter" / "text_encoder"
-    text_encoder.mkdir()
-    (text_encoder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/x/sd"}')
-    save_file({"a": torch.ones(3)}, text_encoder / "adapter_model.safetensors", {"from": "/home/alice/te"})
+    plain = read_artefact(run / "adapter")
+    layer = "encoder.layers.0.self_attn.q_proj"
+    lora = {f"{layer}.lora_A.weight": torch.ones(8, 128), f"{layer}.lora_B.weight": torch.ones(128, 8)}
+    both = dataclasses.replace(plain, text_config=LoraConfig(r=8, lora_alpha=8), text_state=lora)
+    for place in (run / "adapter", run / "castle.safetensors"):
+        artefact.write_artefact(both, place)
+    config = run / "adapter" / "text_encoder" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/home/alice/sd"}))
     folder = write_share_folder(run, None)
-    assert torch.equal(load_file(folder / "text_encoder" / "adapter_model.safetensors")["a"], torch.ones(3))
-    with safe_open(folder / "text_encoder" / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"from": "te"}
+    shared = read_artefact(folder)
+    assert {key: value.shape for key, value in shared.text_state.items()} == {k: v.shape for k, v in lora.items()}
     assert json.loads((folder / "text_encoder" / "adapter_config.json").read_text())["base_model_name_or_path"] == "sd"
 
-    shutil.rmtree(text_encoder)
+    for place in (run / "adapter", run / "castle.safetensors"):
+        artefact.write_artefact(plain, place)
     (run / "metrics.json").unlink()  # a run that was stopped while drawing
     (run / "images" / "grid.png").unlink()
     for path in (run / "images").glob("*prompt-*.png"):
@@ -329,6 +334,7 @@ def broken(run, what):
         (run / "adapter" / "learned_embeds.safetensors").write_bytes(b"x")
     if what == "corrupt text encoder":
         (run / "adapter" / "text_encoder").mkdir()
+        (run / "adapter" / "text_encoder" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         (run / "adapter" / "text_encoder" / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
     if what == "picture":
         (run / "images" / "grid.png").write_bytes(b"x")

@@ -40,7 +40,7 @@ def cpu_flags(cpuinfo: Path) -> set[str] | None:
 def precision(device: str, wanted: str, native: bool | None) -> list[Finding]:
     """What is wrong with a mixed precision on a device ("cpu", "cuda", "mps")."""
     if wanted == "fp16" and device == "cpu":
-        return [Finding("error", "mixed_precision", "fp16 does not train on a CPU", "set no, or bf16 to save memory")]
+        return [Finding("warning", "mixed_precision", "fp16 is emulated on a CPU and slow", "set no")]
     if wanted != "no" and device == "mps":
         text = f"{wanted} does not work on this Mac; training goes on in fp32"
         return [Finding("warning", "mixed_precision", text, "set no")]
