@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ from sd_atoms.training.examples import Cropping, crop
 from sd_atoms.training.loop import attach, prepare_texts
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.validation import validation_loss
 
 SMALL = dict(
     pretrained_model_name_or_path="pocket",
@@ -323,6 +325,17 @@ def test_validation_loss_is_deterministic_and_takes_nothing_from_training(tmp_pa
     losses = [entry["validation_loss"] for entry in log(measured)]
     assert losses[1] == log(again)[1]["validation_loss"]
     assert "validation_loss" not in log(again)[0]
+
+
+def test_validation_loss_leaves_every_module_in_the_mode_it_trains_in(pipe):
+    config = config_of(**PLAIN)
+    dataset, texts, schedule = adapted(pipe, config)
+    plain = Denoiser(pipe.unet, pipe.text_encoder)
+    pipe.unet.train()
+    modes = {name: module.training for name, module in plain.named_modules() if name}
+    validation_loss(plain, dataset.examples[:1], texts, config, schedule, Accelerator(cpu=True))
+    assert {name: module.training for name, module in plain.named_modules() if name} == modes
+    assert not plain.text_encoder.training
 
 
 def test_held_out_pictures_are_not_learned_from(pocket):

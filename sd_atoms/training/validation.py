@@ -22,10 +22,10 @@ def validation_loss(plain, examples: Sequence[Example], texts: Texts, config: Tr
     """
     fixed = _samples(examples, config.seed, schedule)
     found = torch.zeros(len(fixed), device=accelerator.device)
-    plain.eval()
+    plain.unet.eval()  # the text encoder trains in eval mode as it is
     for place in range(accelerator.process_index, len(fixed), accelerator.num_processes):
         found[place] = loss_of([fixed[place]], plain, plain, texts, config, accelerator.device)[0]
-    plain.train()
+    plain.unet.train()
     # every place was filled by one process, so the sum over them is exact
     return accelerator.reduce(found, "sum").mean().item()
 
