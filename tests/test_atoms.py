@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sd_atoms.atoms import (
     FORMS,
@@ -110,6 +111,58 @@ def test_only_the_input_the_weight_and_the_mixing_are_kept_for_backward(form):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         adapted(x, weight, mixing, bias, ConvGeometry(padding=(1, 1)), form)
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr(), mixing.data_ptr()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_after_silu_nothing_is_kept_that_silu_does_not_keep(form, memory_format):
+    geometry = ConvGeometry(padding=(1, 1))
+    weight, mixing, bias = layer()
+    h = random(2, 4, 9, 10).contiguous(memory_format=memory_format)
+    outcomes = []
+    for silu in (F.silu, lambda h: F.silu(h).view_as(h)):  # a view is not known to be of silu's making
+        inputs = [h.clone().requires_grad_(), mixing.clone().requires_grad_()]
+        y = adapted(silu(inputs[0]), weight, inputs[1], bias, geometry, form)
+        kept = y.grad_fn.saved_tensors[0].data_ptr()
+        (y**2).sum().backward()
+        outcomes.append((kept == inputs[0].data_ptr(), inputs[0].grad, inputs[1].grad))
+    assert [outcome[0] for outcome in outcomes] == [True, False]
+    assert all(map(torch.equal, outcomes[0][1:], outcomes[1][1:]))
+
+
+def test_a_change_in_place_before_backward_is_refused_also_after_silu():
+    weight, mixing, bias = layer()
+    h = random(1, 4, 5, 5).requires_grad_() + 0
+    y = adapted(F.silu(h), weight, mixing.requires_grad_(), bias, ConvGeometry())
+    h.detach().add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_an_input_that_has_been_through_backward_still_gives_a_value():
+    weight, mixing, bias = layer()
+    x = F.silu(random(1, 4, 5, 5).requires_grad_())
+    x.sum().backward()  # silu lets go of what it kept
+    y = adapted(x, weight, mixing.requires_grad_(), bias, ConvGeometry())
+    assert torch.equal(y, adapted(x.detach(), weight, mixing, bias, ConvGeometry()))
+
+
+def test_what_checkpointing_packs_is_left_alone():
+    weight, mixing, bias = layer()
+    mixing.requires_grad_()
+    h = random(1, 4, 5, 5).requires_grad_()
+    runs, grads = [], []
+
+    def block(h):
+        runs.append(1)
+        return adapted(F.silu(h), weight, mixing, bias, ConvGeometry())
+
+    for function in (block, lambda h: checkpoint(block, h, use_reentrant=False)):
+        function(h).sum().backward()
+        grads.append(mixing.grad)
+        mixing.grad = None
+    assert len(runs) == 3  # once plain; once forward and once backward with checkpointing
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("form", FORMS[1:])

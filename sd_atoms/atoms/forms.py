@@ -34,6 +34,9 @@ CHANNEL_REACH = 2.0
 # in the memory allocator, which asks the system for fresh pages each time.
 BLOCK_BYTES = 8 * 2**20
 
+# The hooks that checkpointing and offloading put around what autograd keeps; None where there are none.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -92,13 +95,27 @@ def atoms_layer(
     tensors = [tensor for term in terms for tensor in term[:2]]
     blocks = [term.block for term in terms]
     with torch.autocast(x.device.type, enabled=False):  # autocast would mix in half precision
-        return _AtomsLayer.apply(x, weight, bias, geometry, form, unmoved, blocks, *tensors)
+        return _AtomsLayer.apply(x, _before_silu(x), weight, bias, geometry, form, unmoved, blocks, *tensors)
+
+
+def _before_silu(x: torch.Tensor) -> torch.Tensor | None:
+    """h, detached, if x is silu(h) and autograd keeps h as it is; None otherwise."""
+    # unpacking what a hook has packed could run a whole checkpointed block again
+    if torch.compiler.is_compiling() or _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None:
+        return None
+    if x.grad_fn is None or x.grad_fn.name() != "SiluBackward0":
+        return None
+    try:
+        return x.grad_fn._saved_self.detach()
+    except RuntimeError:  # x has been through a backward pass already, which let h go
+        return None
 
 
 class _AtomsLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, form, unmoved, blocks, *tensors):
-        ctx.save_for_backward(x, weight, *tensors)
+    def forward(ctx, x, before_silu, weight, bias, geometry, form, unmoved, blocks, *tensors):
+        ctx.save_for_backward(x if before_silu is None else before_silu, weight, *tensors)
+        ctx.remake = before_silu is not None
         ctx.geometry, ctx.form, ctx.blocks = geometry, form, blocks
         terms = [PLAIN] if unmoved else _terms(tensors, blocks)
         if form == "activation" and not unmoved:
@@ -110,12 +127,14 @@ class _AtomsLayer(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, *tensors = ctx.saved_tensors
         terms = _terms(tensors, ctx.blocks)
-        wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[8::2]
+        wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[9::2]
+        if ctx.remake and any(wanted):
+            x = F.silu(x)
         backward = _backward_by_weight if ctx.form == "weight" else _backward_by_activation
         with torch.autocast(grad.device.type, enabled=False):
             grad_x, grad_mixings = backward(grad, x, weight, terms, ctx.geometry, wants_x, wanted)
         pairs = [gradient for mixing in grad_mixings for gradient in (None, mixing)]
-        return grad_x, None, None, None, None, None, None, *pairs
+        return grad_x, None, None, None, None, None, None, None, *pairs
 
 
 def _terms(tensors, blocks) -> list[Term]:
