@@ -13,6 +13,7 @@ from sd_atoms.atoms import (
     Term,
     atoms_layer,
     filter_rows,
+    forms,
     mixed_weight,
     pick_form,
     relative_error,
@@ -113,6 +114,24 @@ def test_only_the_input_the_weight_and_the_mixing_are_kept_for_backward(form):
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr(), mixing.data_ptr()}
 
 
+@pytest.mark.parametrize("reach", [1, 10**9], ids=["as convolutions", "as products"])
+@pytest.mark.parametrize("form", ["activation", "split"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_products_of_activations_in_float32(reach, form, groups, monkeypatch):
+    monkeypatch.setattr(forms, "CONVOLUTION_POSITIONS", reach)
+    monkeypatch.setattr(forms, "BLOCK_BYTES", 3 * 9 * 4 * 2 * 90)  # three channels a block
+    geometry = ConvGeometry(padding=(1, 1), groups=groups)
+    weight, mixing, bias = layer(groups=groups, out_channels=12, in_channels=8)
+    outcomes = []
+    for function, dtype in ((by_definition, torch.float64), (lambda *a: adapted(*a, form=form), torch.float32)):
+        inputs = [value.detach().to(dtype).requires_grad_() for value in (random(2, 8, 9, 10, seed=3), mixing)]
+        y = function(inputs[0], weight.to(dtype), inputs[1], bias.to(dtype), geometry)
+        y.backward(random(*y.shape, seed=4).to(dtype))
+        outcomes.append([value.detach().double() for value in (y, inputs[0].grad, inputs[1].grad)])
+    for expected, got in zip(*outcomes, strict=True):
+        assert (got - expected).norm() < 1e-6 * expected.norm()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_after_silu_nothing_is_kept_that_silu_does_not_keep(form, memory_format):
@@ -183,6 +202,7 @@ def test_auto_prefers_activations_where_channels_outnumber_positions():
     assert pick_form(4096, 320, 1) == "split"  # its top
     assert pick_form(4096, 320, 1, cpu=False) == "weight"
     assert pick_form(1024, 640, per_channel=True) == "activation"
+    assert pick_form(4096, 4) == "weight"  # the last one: less to multiply than to move
     assert pick_form(64, 1280, 1280) == "weight"  # depthwise: nothing to save
 
 

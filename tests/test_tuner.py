@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from sd_atoms.tuner import AtomsConfig, AtomsLayer, add_weighted_adapter, named_targets, swap_adapter
 
@@ -482,11 +483,70 @@ def test_gradient_checkpointing_reaches_the_atoms():
     assert torch.equal(*grads)
 
 
-def test_compiled_and_eager_agree():
-    model = adapted(dtype=torch.float32)
-    expected = model(inputs(dtype=torch.float32))
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(inputs(dtype=torch.float32)), expected, rtol=1e-5, atol=1e-6)
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_and_eager_agree_in_value_and_gradients(mode):
+    outcomes = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = adapted(dtype=torch.float32, mode=mode)
+        y = (torch.compile(model, backend="aot_eager") if compiled else model)(inputs(dtype=torch.float32))
+        y.square().sum().backward()
+        outcomes.append((y.detach(), gradients(model)))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # the C++ compiler takes its time
+@pytest.mark.parametrize("mode", MODES)
+def test_inductor_agrees_with_eager(mode):
+    outcomes = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = adapted(dtype=torch.float32, mode=mode)
+        y = (torch.compile(model) if compiled else model)(inputs(dtype=torch.float32))
+        y.square().sum().backward()
+        outcomes.append((y.detach(), gradients(model)))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+
+
+def test_a_swap_does_not_compile_again():
+    torch.compiler.reset()
+    model, other = adapted(dtype=torch.float32), adapted(move=False, dtype=torch.float32)
+    nudge(other, seed=7)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    x = inputs(dtype=torch.float32)
+    state = {name.removeprefix("base_model.model."): v for name, v in get_peft_model_state_dict(other).items()}
+    with torch.no_grad():
+        before = compiled(x)
+        compilations = counter.frame_count
+        assert compilations > 0
+        swap_adapter(_with_configs(model), "default", other.peft_config["default"], state)
+        torch.testing.assert_close(compiled(x), other(x), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(before, other(x))
+    assert counter.frame_count == compilations
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_distributed_data_parallel_finds_every_gradient(mode, one_process_group):
+    """Its hooks wait for each trained parameter; one without a gradient would stop the second step."""
+    plain = adapted(mode=mode)
+    wrapped = nn.parallel.DistributedDataParallel(adapted(mode=mode))
+    for _ in range(2):
+        for model in (plain, wrapped):
+            model.zero_grad()
+            model(inputs()).square().sum().backward()
+    close(gradients(wrapped.module), gradients(plain))
 
 
 def test_an_adapter_moved_behind_autograds_back_still_counts():

@@ -29,10 +29,17 @@ FORMS = ("auto", "weight", "activation", "split")
 # (`sd-atoms bench forms`). Atoms per channel mix weights more slowly than patches.
 ACTIVATION_REACH = 1.0
 CHANNEL_REACH = 2.0
+# Up to so many output channels a weight gradient costs less than the patches that it would save.
+FEW_CHANNELS = 16
 
 # Patches are made, used and dropped in blocks of channels that fit the processor's cache. Larger ones also cost time
 # in the memory allocator, which asks the system for fresh pages each time.
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2 * 2**20
+
+# From how many positions on large products are taken as 1×1 convolutions. oneDNN, which computes those, uses the
+# widest vectors of every processor; MKL, which computes plain products, only Intel's: on an AMD processor with AVX-512
+# it takes 1.8 times as long. Below, arranging the weights for oneDNN takes longer than the product.
+CONVOLUTION_POSITIONS = 256
 
 # The hooks that checkpointing and offloading put around what autograd keeps; None where there are none.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -51,15 +58,15 @@ def pick_form(positions: int, out_channels: int, groups: int = 1, per_channel: b
         cpu: whether it is computed by a CPU.
 
     Forward, mixing o·i·K weights stands against mixing i·K·positions patches: o against positions. Backward, a weight
-    gradient of o·i·K·positions multiply-adds stands against moving i·K·positions patches, which on a CPU always costs
-    less. A graphics card multiplies so much faster than it moves that there the weight form is taken for large
-    pictures (by reckoning: not measured).
+    gradient of o·i·K·positions multiply-adds stands against moving i·K·positions patches, which on a CPU costs less
+    but for a handful of channels. A graphics card multiplies so much faster than it moves that there the weight form
+    is taken for large pictures (by reckoning: not measured).
     """
     if groups > 1:
         return "weight"
     if positions <= (CHANNEL_REACH if per_channel else ACTIVATION_REACH) * out_channels:
         return "activation"
-    return "split" if cpu else "weight"
+    return "split" if cpu and out_channels > FEW_CHANNELS else "weight"
 
 
 def atoms_layer(
@@ -187,7 +194,12 @@ def _forward_by_activation(x, weight, terms, bias, geometry):
         for term, part in zip(terms, filters, strict=True):
             # z_p = sum_q M[p, q] x_q: (T, K) @ (c, K, N*L) -> (c, T, N*L)
             mixed = patches if term.mixing is None else torch.bmm(_mixing(term, inputs, dtype), patches)
-            y[outputs].addmm_(part, mixed.to(x.dtype).flatten(0, 1))  # (o/g, c*T) @ (c*T, N*L) -> (o/g, N*L)
+            mixed = mixed.to(x.dtype).flatten(0, 1)
+            # (o/g, c*T) @ (c*T, N*L) -> (o/g, N*L)
+            if _as_convolution(mixed):
+                y[outputs] += F.conv2d(mixed[None, :, :, None], part[:, :, None, None])[0, :, :, 0]
+            else:
+                y[outputs].addmm_(part, mixed)
     if bias is not None:
         y += bias.unsqueeze(1)
     return y.unflatten(1, (x.shape[0], *size)).transpose(0, 1).contiguous()
@@ -202,10 +214,14 @@ def _backward_by_activation(grad, x, weight, terms, geometry, wants_x, wanted):
     for inputs, outputs, filters in _blocks(x, weight, terms, grad.shape[1], geometry.groups):
         block = x[:, inputs]
         patches = unfold(block, kernel, geometry, size, dtype) if any(wanted) else None
-        columns = 0
+        columns = None
         for term, part, grad_mixing in zip(terms, filters, grad_mixings, strict=True):
             # (c*T, o/g) @ (o/g, N*L) -> (c, T, N*L)
-            grad_mixed = (part.T @ grad[outputs]).unflatten(0, (block.shape[1], -1)).to(dtype)
+            if _as_convolution(grad):
+                grad_mixed = F.conv_transpose2d(grad[None, outputs, :, None], part[:, :, None, None])[0, :, :, 0]
+            else:
+                grad_mixed = part.T @ grad[outputs]
+            grad_mixed = grad_mixed.unflatten(0, (block.shape[1], -1)).to(dtype)
             if grad_mixing is not None:
                 # M[p, q] <- sum over positions, and channels where they share M, of gz_p x_q
                 products = torch.bmm(grad_mixed, patches.mT)
@@ -216,10 +232,16 @@ def _backward_by_activation(grad, x, weight, terms, geometry, wants_x, wanted):
             if wants_x:
                 if term.mixing is not None:
                     grad_mixed = torch.bmm(_mixing(term, inputs, dtype).mT, grad_mixed)
-                columns += grad_mixed
+                columns = grad_mixed if columns is None else columns.add_(grad_mixed)
         if wants_x:
             grad_x[:, inputs] = fold(columns, block.shape, kernel, geometry, size)
     return grad_x, grad_mixings
+
+
+def _as_convolution(numbers: torch.Tensor) -> bool:
+    """Whether a product with these (rows, positions) is taken as a convolution; see CONVOLUTION_POSITIONS."""
+    on_cpu = numbers.device.type == "cpu" and numbers.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and numbers.shape[1] >= CONVOLUTION_POSITIONS
 
 
 def _mixing(term: Term, inputs: slice, dtype: torch.dtype) -> torch.Tensor:
