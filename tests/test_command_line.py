@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import CASTLE
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,11 +20,7 @@ from sd_atoms.generation import picture_notes
 from sd_atoms.pocket import packaged_path
 
 SMALL = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>.",
-    placeholder_token="<castle>",
-    initializer_token="castle",
+    **CASTLE,
     train_token_embedding=True,
     train_batch_size=1,
     max_train_steps=3,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import CASTLE
 from PIL import Image
 
 from sd_atoms.cli import main
@@ -47,15 +48,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def config_of(**settings):
-    usual = dict(
-        pretrained_model_name_or_path="pocket",
-        instance_data_dir="pocket:castle",
-        instance_prompt="photo of a <castle>.",
-        placeholder_token="<castle>",
-        initializer_token="castle",
-        train_batch_size=1,
-    )
-    return with_rates(TrainConfig(**{**usual, **settings}))
+    return with_rates(TrainConfig(**{**CASTLE, "train_batch_size": 1, **settings}))
 
 
 def castle(config):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import CASTLE
 from PIL import Image
 from safetensors.torch import load_file, save
 
@@ -25,11 +26,7 @@ from sd_atoms.pipeline import open_base
 
 CASES, SEED, LIMIT_S = 200, 20240229, 60
 QUICK = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>",
-    placeholder_token="<castle>",
-    initializer_token="castle",
+    **CASTLE,
     resolution=64,
     train_batch_size=1,
     max_train_steps=1,

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from conftest import CASTLE
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,11 +20,7 @@ from sd_atoms.files import leftovers, replacing
 
 RANDOM = 20
 SETTINGS = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>.",
-    placeholder_token="<castle>",
-    initializer_token="castle",
+    **CASTLE,
     train_token_embedding=True,
     prior="teacher",
     class_prompt="photo of a castle.",

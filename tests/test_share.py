@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import yaml
+from conftest import CASTLE
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
@@ -38,11 +39,11 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
     settings = dict(
-        pretrained_model_name_or_path=str(packaged_path("pocket").resolve()),
-        instance_data_dir=str(packaged_path("pocket:castle").resolve()),
-        instance_prompt="photo of a <castle>.",
-        placeholder_token="<castle>",
-        initializer_token="castle",
+        **CASTLE
+        | dict(
+            pretrained_model_name_or_path=str(packaged_path("pocket").resolve()),
+            instance_data_dir=str(packaged_path("pocket:castle").resolve()),
+        ),
         train_token_embedding=True,
         train_batch_size=1,
         max_train_steps=2,

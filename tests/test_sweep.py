@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import CASTLE
 from safetensors import safe_open
 
 from sd_atoms.cli import main
@@ -20,11 +21,7 @@ from sd_atoms.report.sweep import Entry, harmonic_mean, sweep_figure, sweep_mark
 from sd_atoms.training.interrupt import Interrupted
 
 SMALL = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>.",
-    placeholder_token="<castle>",
-    initializer_token="castle",
+    **CASTLE,
     train_token_embedding=True,
     resolution=64,
     train_batch_size=1,

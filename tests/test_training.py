@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from conftest import CASTLE
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,11 +33,7 @@ from sd_atoms.training.optimiser import with_rates
 from sd_atoms.training.validation import validation_loss
 
 SMALL = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>.",
-    placeholder_token="<castle>",
-    initializer_token="castle",
+    **CASTLE,
     train_token_embedding=True,
     train_batch_size=1,
     max_train_steps=2,
