@@ -381,6 +381,9 @@ def test_channels_last_stays_channels_last():
     y.square().sum().backward()
     torch.testing.assert_close(y, expected(inputs("3x3", torch.float32)), rtol=1e-5, atol=1e-6)
     assert y.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)  # by the weight that was kept
 
 
 def test_the_sparse_codes_follow_the_atoms():

@@ -1,6 +1,8 @@
 """A convolution or Linear layer that carries atom adapters."""
 
+import copy
 import warnings
+from typing import NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -30,11 +32,21 @@ from sd_atoms.tuner.plan import LayerPlan, in_channels
 # An effective weight of at most so many bytes is kept between pictures: in a small layer, making it anew takes longer
 # than the convolution. In larger layers it costs little beside it, and keeping it would cost memory.
 KEPT_BYTES = 4 * 2**20
-SAMPLED = 997  # every so many-th entry of a base weight tells whether it was changed
-
 KEPT_FROM = ("atoms_delta", "atoms_beta", "atoms_block_delta", "atoms_initial", "atoms_block_initial")
+SAMPLES = 16  # so many entries of a base weight tell whether it was changed; each is a cache miss at every call
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
+
+
+class Kept(NamedTuple):
+    """An effective weight, and what it was made from as it was then."""
+
+    effective: torch.Tensor
+    active: str | list[str]
+    scaling: dict[str, float]
+    state: tuple  # of the base weight, see _state
+    sources: list[tuple[dict, str, torch.Tensor]]  # parameters by name, a name, its values
+    sample: tuple[torch.Tensor, torch.Tensor]  # some entries of the base weight: a view and their values
 
 
 class AtomsLayer(nn.Module, BaseTunerLayer):
@@ -80,7 +92,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self.moved: dict[str, bool] = {}  # False while the change is known to be zero
-        self._kept: tuple[list, list[torch.Tensor], torch.Tensor] | None = None  # see _kept_weight
+        self._kept: Kept | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
@@ -98,6 +110,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
             plan: what they mean for this layer.
             seed: what this layer draws from, if it draws.
         """
+        self._kept = None
         if adapter_name in self.plan:
             self._forget(adapter_name)
         weight = self.base_weight
@@ -306,6 +319,11 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The layer with its active adapters; shapes as of the layer."""
+        layer = self.get_base_layer()
+        weight, bias = layer.weight, layer.bias
+        # first, since small layers are as quick as a few look-ups
+        if self._kept is not None and not torch.is_grad_enabled() and self._kept_holds(weight):
+            return self._plain(x, self._kept.effective, bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.plan]
@@ -314,10 +332,8 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         moved = self._any_moved(active)
         if not moved and not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        layer = self.get_base_layer()
-        weight, bias = layer.weight, layer.bias
         if not torch.is_grad_enabled() and self._small(weight) and self.form[active[0]] == "auto":
-            return self._plain(x, self._kept_weight(active, weight), bias)
+            return self._plain(x, self._keep(active, weight), bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -327,24 +343,37 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
     def _small(weight: torch.Tensor) -> bool:
         return weight.nbytes <= KEPT_BYTES and weight.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def _kept_weight(self, active: list[str], weight: torch.Tensor) -> torch.Tensor:
-        """The effective weight of those adapters, made anew only if anything it is made from has other values.
+    @torch.no_grad()
+    def _keep(self, active: list[str], weight: torch.Tensor) -> torch.Tensor:
+        """The effective weight of those adapters, made and kept with what it is made from."""
+        parts = [self._modules[part]._parameters for part in KEPT_FROM]
+        rows = weight[:: max(1, len(weight) // SAMPLES)]
+        sample = rows[(slice(None),) + (0,) * (rows.dim() - 1)]
+        self._kept = Kept(
+            mixed_weight(self.base_weight, self.terms(active), self.groups),
+            copy.copy(self._active_adapter),
+            dict(self.scaling),
+            _state(weight),
+            [(part, name, part[name].clone()) for part in parts for name in active if name in part],
+            (sample, sample.clone()),
+        )
+        return self._kept.effective
 
-        Values are compared, not versions: writing through `.data` leaves no other trace.
+    def _kept_holds(self, weight: torch.Tensor) -> bool:
+        """Whether the kept effective weight is that of the adapters as they are; a tenth of a small layer's time.
+
+        Values are compared, since writing through `.data` leaves no other trace: all of the adapter's, a sample of the
+        base weight's.
         """
-        # straight from the modules' dicts: the usual look-ups would take longer than the comparison
-        sources = [weight.view(-1)[::SAMPLED]]
-        for name in active:
-            for part in KEPT_FROM:
-                source = self._modules[part]._parameters.get(name)
-                if source is not None:
-                    sources.append(source)
-        key = (weight.data_ptr(), weight.dtype, active, [self.scaling[name] for name in active])
-        if self._kept is not None and self._kept[0] == key and all(map(torch.equal, self._kept[1], sources)):
-            return self._kept[2]
-        effective = mixed_weight(self.base_weight.detach(), self.terms(active), self.groups)
-        self._kept = (key, [source.detach().clone() for source in sources], effective)
-        return effective
+        kept = self._kept
+        if self._disable_adapters or self.merged_adapters or torch.compiler.is_compiling():
+            return False
+        if self._active_adapter != kept.active or self.scaling != kept.scaling or _state(weight) != kept.state:
+            return False
+        for part, name, value in kept.sources:
+            if not torch.equal(part[name], value):
+                return False
+        return torch.equal(*kept.sample)
 
     def _plain(self, x, weight, bias) -> torch.Tensor:
         raise NotImplementedError
@@ -382,6 +411,11 @@ class AtomsConv(AtomsLayer):
         geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
         y = atoms_layer(x, weight, terms, bias, geometry, form, unmoved)
         return y.squeeze(0) if single else y
+
+
+def _state(weight: torch.Tensor) -> tuple:
+    """What changes when a weight is replaced, or written to other than through `.data`."""
+    return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
 
 
 def _pad(x: torch.Tensor, conv: nn.Module) -> tuple[torch.Tensor, tuple[int, ...]]:
