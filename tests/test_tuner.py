@@ -490,26 +490,14 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled_and_eager_agree_in_value_and_gradients(mode):
+def test_compiled_and_eager_agree_in_value_and_gradients(mode, backend):
     outcomes = []
     for compiled in (False, True):
         torch.compiler.reset()
         model = adapted(dtype=torch.float32, mode=mode)
-        y = (torch.compile(model, backend="aot_eager") if compiled else model)(inputs(dtype=torch.float32))
-        y.square().sum().backward()
-        outcomes.append((y.detach(), gradients(model)))
-    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow  # the C++ compiler takes its time
-@pytest.mark.parametrize("mode", MODES)
-def test_inductor_agrees_with_eager(mode):
-    outcomes = []
-    for compiled in (False, True):
-        torch.compiler.reset()
-        model = adapted(dtype=torch.float32, mode=mode)
-        y = (torch.compile(model) if compiled else model)(inputs(dtype=torch.float32))
+        y = (torch.compile(model, backend=backend) if compiled else model)(inputs(dtype=torch.float32))
         y.square().sum().backward()
         outcomes.append((y.detach(), gradients(model)))
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
