@@ -8,13 +8,15 @@ for those of its own networks, the hub. They are run from a copy: the checkout s
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-MARK = "ALL_PEFT_CONFIG_CLASSES ="  # the first line that reads the table of cases
+CLASSES = re.compile(r"^ALL_PEFT_CONFIG_CLASSES = .*$", re.MULTILINE)  # the first line that reads the table of cases
+OURS = "from sd_atoms_cases import ALL_PEFT_CONFIG_CLASSES, TEST_CASES"
 
 
 def main(checkout: str, *arguments: str) -> int:
@@ -24,10 +26,10 @@ def main(checkout: str, *arguments: str) -> int:
         tests = Path(folder) / "tests"
         shutil.copytree(Path(checkout) / "tests", tests)
         module = tests / "test_custom_models.py"
-        text = module.read_text(encoding="utf-8")
-        if text.count(MARK) != 1:
-            sys.exit(f"{module.name} of {checkout}: has {text.count(MARK)} lines {MARK!r}, one is expected")
-        module.write_text(text.replace(MARK, f"from sd_atoms_cases import TEST_CASES\n\n{MARK}"), encoding="utf-8")
+        text, lines = CLASSES.subn(OURS, module.read_text(encoding="utf-8"))
+        if lines != 1:
+            sys.exit(f"{module.name} of {checkout}: {lines} lines match {CLASSES.pattern!r}, one is expected")
+        module.write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", f"--rootdir={folder}", str(module), *arguments]
         path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
         return subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}).returncode

@@ -18,3 +18,11 @@ TEST_CASES = [
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "kc": 2},
     ),
 ]
+
+
+def linear_atoms(**settings):
+    """What the tests over all classes call: without settings of ours, and on Linear layers."""
+    return AtomsConfig(kc=2, **settings)
+
+
+ALL_PEFT_CONFIG_CLASSES = [linear_atoms]
