@@ -173,9 +173,12 @@ def _run(job: Callable[[], None]) -> int:
         _say("error: " + re.sub(r"[\r\n]+(?!  )", " ", str(error)))  # a name may hold line breaks; lists are indented
         return 2
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # every look at such a path fails, whoever takes it
+        if error.errno == errno.ENAMETOOLONG:  # every look at such a path fails, whoever takes it
+            _say(f"error: {str(error.filename)[:100]!r}…: {error.strerror}")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # while a line was added to a log; see `files` for the rest
+            _say("error: no space left on the disk for a log; every checkpoint and adapter written before is whole")
+        else:
             raise
-        _say(f"error: {str(error.filename)[:100]!r}…: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,7 @@
 """The commands as people type them."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -371,3 +373,18 @@ def test_help_lists_every_setting(capsys):
     places = [text.index(f"\n{group}\n") for group in groups]
     assert places == sorted(places)
     assert len(text[: places[0]].splitlines()) < 12
+
+
+def test_a_disk_that_fills_up_under_a_log_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, *mode, **settings):
+        return Full() if Path(path).name == "log.jsonl" else open(path, *mode, **settings)
+
+    monkeypatch.setattr("sd_atoms.training.loop.open", opened, raising=False)
+    assert train_main(["--config", write(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines()[-1].startswith("error: no space left on the disk")
+    assert "Traceback" not in error
