@@ -16,7 +16,7 @@ from sd_atoms.training.config import TrainConfig
 DEFAULT_RATES = {
     "shared atoms": 1e-2,
     "overcomplete atoms": 1e-2,
-    "block atoms": 3e-3,
+    "block atoms": 1e-2,
     "β": 1e-3,
     "token": 1e-3,
     "text atoms": 1e-3,
