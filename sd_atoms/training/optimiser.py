@@ -11,7 +11,7 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.training.config import TrainConfig
 
-# Those of atoms were found by `sd-atoms sweep` on the pocket base (docs/sweep.md), the others are as usual elsewhere.
+# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md), but for the text encoder's, which are as usual elsewhere.
 # Prodigy finds its own rate and wants 1.
 DEFAULT_RATES = {
     "shared atoms": 1e-2,
