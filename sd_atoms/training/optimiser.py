@@ -11,8 +11,8 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.training.config import TrainConfig
 
-# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md), but for the text encoder's, which are as usual elsewhere.
-# Prodigy finds its own rate and wants 1.
+# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md); the text encoder's are as usual elsewhere, since none
+# stood out there. Prodigy finds its own rate and wants 1.
 DEFAULT_RATES = {
     "shared atoms": 1e-2,
     "overcomplete atoms": 1e-2,
