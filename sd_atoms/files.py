@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sd_atoms.errors import UserError
 
@@ -52,6 +53,17 @@ def leftovers(folder: str | os.PathLike) -> list[Path]:
     """Temporary files of `replacing` anywhere in a folder: what a killed process could not remove."""
     found = [(path, _TEMPORARY.fullmatch(path.name)) for path in Path(folder).rglob(".*")]
     return [path for path, match in found if match and Path(match["name"]).suffix == match["suffix"]]
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or a string in it holds half a surrogate pair, which JSON can spell but no file hold.
+    """
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

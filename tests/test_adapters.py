@@ -250,6 +250,10 @@ def corrupt(path, how):
         save_file({"x": torch.zeros(1)}, path, metadata={"sd_atoms": json.dumps({"format": 1, "config": {"m": 9}})})
     elif how == "header not JSON":
         save_file({"x": torch.zeros(1)}, path, metadata={"sd_atoms": "{"})
+    elif how == "header with half a character":
+        with safe_open(path, "pt") as file:
+            header = file.metadata()["sd_atoms"].replace('{"', '{"note":"\\ud800","', 1)
+        save_file(load_file(path), path, metadata={"format": "pt", "sd_atoms": header})
     elif how == "missing tensors":
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
@@ -269,6 +273,7 @@ def corrupt(path, how):
         "empty",
         "header without layers",
         "header not JSON",
+        "header with half a character",
         "missing tensors",
         "foreign",
         "newer format",

@@ -341,10 +341,13 @@ def test_the_command_counts(tmp_path, capsys):
 def test_a_broken_or_homeless_adapter_is_one_line(pipe, tmp_path, capsys):
     homeless = adapted(pipe, tmp_path / "homeless.safetensors", about={}, target_modules=["conv_in", "conv_out"])
     artefact = read_artefact(homeless)
+    artefact.about["base"] = [1]
+    strange = str(write_artefact(artefact, tmp_path / "strange.safetensors"))
     artefact.state["conv_out.atoms_delta"][0, 0] = math.nan
     broken = str(write_artefact(artefact, tmp_path / "broken.safetensors"))
     for words, message in (
         ([homeless], "--base is required"),
+        ([strange], "its header says nothing sensible about base"),
         ([homeless, "--base", "./nowhere"], "base: './nowhere' is neither an existing path nor a hub id"),
         ([broken, "--base", "pocket"], "1 of its tensors are not finite (conv_out.atoms_delta first)"),
     ):

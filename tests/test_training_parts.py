@@ -314,6 +314,25 @@ def test_a_restored_checkpoint_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(parameters["a"], restored["a"])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", torch.tensor(True)),
+        ("step", torch.ones(2)),
+        ("exp_avg", torch.ones(3).bool()),
+        ("exp_avg", torch.ones(2)),
+    ],
+)
+def test_what_no_optimiser_keeps_is_refused(name, value, tmp_path):
+    parameters, optimizer = adam()
+    step(parameters, optimizer)
+    assert parameters["a"].shape == (3,)
+    optimizer.state[parameters["a"]][name] = value
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, None, None)
+    with pytest.raises(UserError, match="belongs to a run with another optimiser"):
+        load_checkpoint(path, *adam(), None)
+
+
 def test_the_scaler_comes_back(tmp_path):
     parameters, optimizer = adam()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -1,11 +1,11 @@
 """Captions beside pictures: a text file for each, or one metadata.jsonl for all."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sd_atoms.errors import UserError
+from sd_atoms.files import parse_json
 
 METADATA = "metadata.jsonl"
 CAPTION_KEYS = ("text", "caption", "prompt")
@@ -94,7 +94,7 @@ def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], li
             continue
         where = f"{metadata}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except (ValueError, RecursionError) as error:
             problems.append(f"{where}: is not valid JSON ({error}); expected one object per line as {_AN_ENTRY}")
             complete = False

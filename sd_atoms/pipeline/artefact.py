@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import replacing, write_json
+from sd_atoms.files import parse_json, replacing, write_json
 from sd_atoms.pipeline.base import resolve_source
 from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
 from sd_atoms.tuner import AtomsConfig
@@ -241,9 +241,9 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
             raise UserError(f"{folder / PICKLE_FILE}: pickles can run code and are refused; save as safetensors")
         raise UserError(f"{folder}: not an adapter folder, {WEIGHTS_FILE} is missing")
     try:
-        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        settings = parse_json(config_path.read_text(encoding="utf-8"))
         settings.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_path}: missing or not a JSON object ({error})") from error
     tensors, about = _read_tensors(weights)
     return settings, {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}, about
@@ -292,7 +292,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        about = json.loads(metadata[HEADER]) if HEADER in metadata else None
+        about = parse_json(metadata[HEADER]) if HEADER in metadata else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: corrupt or not a safetensors file ({error})") from error
     if about is not None and (not isinstance(about, dict) or about.get("format", 0) > FORMAT):

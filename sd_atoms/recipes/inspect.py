@@ -121,6 +121,8 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     base = base or about.get("base")
     if base is None:
         raise UserError(f"--base is required: {adapter} does not name its base")
+    if not isinstance(base, str):
+        raise UserError(f"{adapter}: corrupt, its header says nothing sensible about base")
     if packaged_path(base) is None:
         resolve_source(base, "base")
     pipe = open_base(base)

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import replacing, write_json, write_text
+from sd_atoms.files import parse_json, replacing, write_json, write_text
 from sd_atoms.generation import picture_notes, save_picture
 from sd_atoms.pipeline import Artefact, read_artefact
 from sd_atoms.report.card import AdapterFile, Picture, model_card
@@ -252,8 +252,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, got a {type(value).__name__}")

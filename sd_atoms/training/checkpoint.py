@@ -15,8 +15,9 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
-# what optimisers keep of each parameter, a count and two tensors of its shape; there may be more
-MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "state1", "state2"})
+# what optimisers keep of each parameter beside a count, two tensors of its shape, and their types; there may be more
+MOMENTS = (({"exp_avg", "exp_avg_sq"}, {torch.float32}), ({"state1", "state2"}, {torch.float32, torch.uint8}))
+COUNTS = (torch.float32, torch.int64)
 
 
 @dataclass
@@ -125,9 +126,12 @@ def _moments(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tens
 
 def _fit(kept: dict[str, torch.Tensor], parameter: nn.Parameter) -> bool:
     """Whether that is what an optimiser keeps of a parameter."""
-    for names in MOMENTS:
+    count = kept.get("step")
+    if count is None or count.numel() != 1 or count.dtype not in COUNTS:
+        return False
+    for names, types in MOMENTS:
         if names <= kept.keys():
-            return all(kept[name].shape == parameter.shape for name in names - {"step"}) and kept["step"].numel() == 1
+            return all(kept[name].shape == parameter.shape and kept[name].dtype in types for name in names)
     return False
 
 
