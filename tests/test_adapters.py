@@ -261,6 +261,8 @@ def corrupt(path, how):
         save_file({k: v for k, v in tensors.items() if "initial" not in k}, path, metadata=metadata)
     elif how == "foreign":
         save_file({"lora_unet_conv_in.lora_up.weight": torch.zeros(1)}, path)
+    elif how == "format in words":
+        save_file({"x": torch.zeros(1)}, path, metadata={"sd_atoms": json.dumps({"format": "one"})})
     elif how == "newer format":
         save_file({"x": torch.zeros(1)}, path, metadata={"sd_atoms": json.dumps({"format": 99})})
 
@@ -276,6 +278,7 @@ def corrupt(path, how):
         "header with half a character",
         "missing tensors",
         "foreign",
+        "format in words",
         "newer format",
     ],
 )

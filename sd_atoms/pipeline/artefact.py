@@ -295,7 +295,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
         about = parse_json(metadata[HEADER]) if HEADER in metadata else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: corrupt or not a safetensors file ({error})") from error
-    if about is not None and (not isinstance(about, dict) or about.get("format", 0) > FORMAT):
+    if about is not None and not (isinstance(about, dict) and isinstance(about.get("format", 0), int)):
+        raise UserError(f"{path}: corrupt, its header says nothing sensible about format")
+    if about is not None and about.get("format", 0) > FORMAT:
         raise UserError(f"{path}: written in a newer format than {FORMAT}; update sd-atoms")
     return {key: value.float() for key, value in tensors.items()}, about
 
