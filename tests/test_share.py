@@ -119,7 +119,7 @@ def test_the_card_says_what_a_reader_needs(run):
     folder = write_share_folder(run, "someone/castle")
     text = card_of(folder)
     card = ModelCard(text)
-    assert card.data.library_name == "diffusers"
+    assert card.data["library_name"] == "diffusers"
     assert card.data.base_model is None  # a folder is no hub id
     assert {"text-to-image", "stable-diffusion", "filter-atoms", "dreambooth"} == set(card.data.tags)
     assert card.data.instance_prompt == "photo of a <castle>."

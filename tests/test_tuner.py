@@ -652,7 +652,7 @@ def test_a_kept_weight_draws_what_a_merged_one_draws_bit_for_bit():
 
 
 def test_no_large_weight_is_kept(monkeypatch):
-    monkeypatch.setattr("sd_atoms.tuner.layer.KEPT_BYTES", 100)
+    monkeypatch.setattr("sd_atoms.tuner.kept.KEPT_BYTES", 100)
     layer = kept_layer()
     with torch.no_grad():
         layer(torch.randn(2, 4, 7, 7))

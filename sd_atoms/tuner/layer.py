@@ -1,8 +1,6 @@
 """A convolution or Linear layer that carries atom adapters."""
 
-import copy
 import warnings
-from typing import NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -27,26 +25,10 @@ from sd_atoms.atoms import (
     svd_atoms,
 )
 from sd_atoms.tuner.config import AtomsConfig
+from sd_atoms.tuner.kept import Kept, holds, is_small, keep
 from sd_atoms.tuner.plan import LayerPlan, in_channels
 
-# An effective weight of at most so many bytes is kept between pictures: in a small layer, making it anew takes longer
-# than the convolution. In larger layers it costs little beside it, and keeping it would cost memory.
-KEPT_BYTES = 4 * 2**20
-KEPT_FROM = ("atoms_delta", "atoms_beta", "atoms_block_delta", "atoms_initial", "atoms_block_initial")
-SAMPLES = 16  # so many entries of a base weight tell whether it was changed; each is a cache miss at every call
-
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
-
-
-class Kept(NamedTuple):
-    """An effective weight, and what it was made from as it was then."""
-
-    effective: torch.Tensor
-    active: str | list[str]
-    scaling: dict[str, float]
-    state: tuple  # of the base weight, see _state
-    sources: list[tuple[dict, str, torch.Tensor]]  # parameters by name, a name, its values
-    sample: tuple[torch.Tensor, torch.Tensor]  # some entries of the base weight: a view and their values
 
 
 class AtomsLayer(nn.Module, BaseTunerLayer):
@@ -322,7 +304,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         layer = self.get_base_layer()
         weight, bias = layer.weight, layer.bias
         # first, since small layers are as quick as a few look-ups
-        if self._kept is not None and not torch.is_grad_enabled() and self._kept_holds(weight):
+        if self._kept is not None and not torch.is_grad_enabled() and holds(self._kept, self, weight):
             return self._plain(x, self._kept.effective, bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -332,48 +314,13 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         moved = self._any_moved(active)
         if not moved and not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        if not torch.is_grad_enabled() and self._small(weight) and self.form[active[0]] == "auto":
-            return self._plain(x, self._keep(active, weight), bias)
+        if not torch.is_grad_enabled() and is_small(weight) and self.form[active[0]] == "auto":
+            self._kept = keep(self, active, weight)
+            return self._plain(x, self._kept.effective, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], not moved)
-
-    @staticmethod
-    def _small(weight: torch.Tensor) -> bool:
-        return weight.nbytes <= KEPT_BYTES and weight.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    @torch.no_grad()
-    def _keep(self, active: list[str], weight: torch.Tensor) -> torch.Tensor:
-        """The effective weight of those adapters, made and kept with what it is made from."""
-        parts = [self._modules[part]._parameters for part in KEPT_FROM]
-        rows = weight[:: max(1, len(weight) // SAMPLES)]
-        sample = rows[(slice(None),) + (0,) * (rows.dim() - 1)]
-        self._kept = Kept(
-            mixed_weight(self.base_weight, self.terms(active), self.groups),
-            copy.copy(self._active_adapter),
-            dict(self.scaling),
-            _state(weight),
-            [(part, name, part[name].clone()) for part in parts for name in active if name in part],
-            (sample, sample.clone()),
-        )
-        return self._kept.effective
-
-    def _kept_holds(self, weight: torch.Tensor) -> bool:
-        """Whether the kept effective weight is that of the adapters as they are.
-
-        Values are compared, since writing through `.data` leaves no other trace: all of the adapter's, a sample of the
-        base weight's. Asked at every call, it takes a few microseconds.
-        """
-        kept = self._kept
-        if self._disable_adapters or self.merged_adapters or torch.compiler.is_compiling():
-            return False
-        if self._active_adapter != kept.active or self.scaling != kept.scaling or _state(weight) != kept.state:
-            return False
-        for part, name, value in kept.sources:
-            if not torch.equal(part[name], value):
-                return False
-        return torch.equal(*kept.sample)
 
     def _plain(self, x, weight, bias) -> torch.Tensor:
         raise NotImplementedError
@@ -411,11 +358,6 @@ class AtomsConv(AtomsLayer):
         geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
         y = atoms_layer(x, weight, terms, bias, geometry, form, unmoved)
         return y.squeeze(0) if single else y
-
-
-def _state(weight: torch.Tensor) -> tuple:
-    """What changes when a weight is replaced, or written to other than through `.data`."""
-    return weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype
 
 
 def _pad(x: torch.Tensor, conv: nn.Module) -> tuple[torch.Tensor, tuple[int, ...]]:
