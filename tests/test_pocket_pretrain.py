@@ -28,6 +28,7 @@ TINY = {
     "vae": {
         "batch_size": 2,
         "whole_picture_batch_size": 1,
+        "latent_channels": 4,
         "channels": (4, 4, 4, 4),
         "norm_groups": 2,
         "log_every_steps": 1,
@@ -219,10 +220,30 @@ assert parameter.grad.tolist() == [0.5, 0.5, 0.5]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_almost_nothing():
-    assert loop.learning_rate(0, 1e-3, 0.05) == pytest.approx(1e-7)
-    assert loop.learning_rate(0.05, 1e-3, 0.05) == pytest.approx(1e-3, rel=0.01)
-    assert loop.learning_rate(0.5, 1e-3, 0.05) == pytest.approx(0.5e-3, rel=0.01)
-    assert loop.learning_rate(1, 1e-3, 0.05) == pytest.approx(1e-7)
+    settings = ClipSettings(learning_rate=1e-3, warm_up_share=0.05)
+    assert loop.learning_rate(0, settings) == pytest.approx(1e-7)
+    assert loop.learning_rate(0.05, settings) == pytest.approx(1e-3, rel=0.01)
+    assert loop.learning_rate(0.5, settings) == pytest.approx(0.5e-3, rel=0.01)
+    assert loop.learning_rate(1, settings) == pytest.approx(1e-7)
+
+
+def test_with_a_decay_share_the_learning_rate_stays_at_its_peak_until_the_decay():
+    settings = ClipSettings(learning_rate=1e-3, decay_share=0.4)
+    assert loop.learning_rate(0.6, settings) == pytest.approx(1e-3, rel=1e-3)
+    assert loop.learning_rate(0.8, settings) == pytest.approx(0.5e-3, rel=1e-3)
+    assert loop.learning_rate(1, settings) == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_timestep_weights_bound_what_nearly_clean_latents_count(prediction_type):
+    settings = UnetSettings(prediction_type=prediction_type)
+    snr = torch.tensor([100.0, 5.0, 1.0, 0.01], dtype=torch.float64)
+    weights = unet.timestep_weights(snr / (1 + snr), settings)
+    if prediction_type == "epsilon":
+        expected = [5 / 100, 1, 1, 1]
+    else:
+        expected = [6 / 101, 1, 1, 1]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path):
@@ -244,12 +265,25 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_the_file(tmp_path)
         load_checkpoint(path, {"model": other}, torch.optim.AdamW(other.parameters()))
 
 
-def test_default_settings_build_the_packaged_networks():
+def read_manifest():
+    return json.loads((WEIGHTS_FOLDER / "manifest.json").read_text("utf-8"))
+
+
+def settings_of(kind, values):
+    """The settings that a manifest records, as far as this version still has them."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known})
+
+
+def test_the_settings_in_the_manifest_build_the_packaged_networks():
     packaged = packaged_path("pocket")
-    autoencoder = vae.build_vae(VaeSettings())
+    made = {name: entry["settings"] for name, entry in read_manifest()["stages"].items()}
+    autoencoder = vae.build_vae(settings_of(VaeSettings, made["vae"]))
     tokens = CLIPTokenizer.from_pretrained(packaged / "tokenizer")
-    comparer = clip.build_clip(ClipSettings(), tokens)
-    denoiser = unet.build_unet(UnetSettings(), autoencoder.config, comparer.config.text_config.hidden_size)
+    comparer = clip.build_clip(settings_of(ClipSettings, made["clip"]), tokens)
+    denoiser = unet.build_unet(
+        settings_of(UnetSettings, made["unet"]), autoencoder.config, comparer.config.text_config.hidden_size
+    )
     for model, file in (
         (autoencoder, packaged / "vae" / "diffusion_pytorch_model.safetensors"),
         (denoiser, packaged / "unet" / "diffusion_pytorch_model.safetensors"),

@@ -1,9 +1,9 @@
 """How the pocket base is made: pictures and captions, a tokenizer, an autoencoder, a CLIP, a UNet, the pipeline.
 
-All of it takes about two hours on two CPU cores with bfloat16 instructions (avx512_bf16). The budgets are in seconds:
-slower processors need larger ones for the same number of steps. Every stage can be interrupted: the same command goes
-on where it stopped. Under `accelerate launch` (several GPUs) or `torchrun` (several CPU processes) the training stages
-average their gradients over the processes; rendering pictures and preparing latents is shared out.
+All of it takes about half a day of two quiet CPU cores with bfloat16 instructions (avx512_bf16). The budgets are in
+seconds: slower processors need larger ones for the same number of steps. Every stage can be interrupted: the same
+command goes on where it stopped. Under `accelerate launch` (several GPUs) or `torchrun` (several CPU processes) the
+training stages average their gradients over the processes; rendering pictures and preparing latents is shared out.
 """
 
 import dataclasses

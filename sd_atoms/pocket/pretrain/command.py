@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sd_atoms.pocket.pretrain.settings import STAGES, TRAINING_STAGES
 
-DESCRIPTION = """Makes the pocket base from nothing: about two hours on two CPU cores with bfloat16 instructions.
+DESCRIPTION = """Makes the pocket base from nothing: half a day of two CPU cores with bfloat16 instructions.
 On slower processors, raise the budgets for the same number of steps.
 Interrupt it at any time; the same command goes on where it stopped. Several processes average their gradients:
   torchrun --nproc_per_node 2 -m sd_atoms pretrain-pocket all --work_dir DIR                      (two CPU cores)

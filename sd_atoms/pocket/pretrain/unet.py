@@ -1,17 +1,20 @@
 """Stage "unet": the denoiser, on stored latents and caption states."""
 
 import copy
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig
+from transformers import CLIPModel, CLIPTokenizer
 
-from sd_atoms.pocket.pretrain.latents import CaptionedLatents, prepare_latents
-from sd_atoms.pocket.pretrain.loop import TrainingRun, batch_per_process, mixed_precision
+from sd_atoms.pocket.pretrain.images import Pictures
+from sd_atoms.pocket.pretrain.latents import load_latents, prepare_latents
+from sd_atoms.pocket.pretrain.loop import TrainingRun, attend_plainly, batch_per_process, mixed_precision
 from sd_atoms.pocket.pretrain.settings import UnetSettings
-from sd_atoms.pocket.world import PICTURE_PX
+from sd_atoms.pocket.world import PICTURE_PX, caption
 
 NOISE_SCHEDULE = {  # Stable Diffusion's
     "num_train_timesteps": 1000,
@@ -23,36 +26,45 @@ NOISE_SCHEDULE = {  # Stable Diffusion's
 
 def run(work_dir: Path, settings: UnetSettings, state: PartialState) -> dict:
     """Prepares the latents, trains and writes `work_dir`/unet, a UNet2DConditionModel folder of averaged weights."""
-    prepare_latents(work_dir, settings, state)
-    latents = CaptionedLatents(work_dir)
+    pictures = Pictures(work_dir, "train")
+    prepare_latents(work_dir, pictures, state)
+    moments = load_latents(work_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(work_dir / "tokenizer")
+    clip = CLIPModel.from_pretrained(work_dir / "clip").eval().requires_grad_(False).to(state.device)
     vae_config = AutoencoderKL.load_config(work_dir / "vae")
-    text_width = CLIPTextConfig.from_pretrained(work_dir / "clip").hidden_size
     torch.manual_seed(settings.seed)  # the same start in every process
-    unet = build_unet(settings, vae_config, text_width).to(state.device)
+    unet = build_unet(settings, vae_config, clip.config.text_config.hidden_size).to(state.device)
+    attend_plainly(unet, state.device)
     ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
-    scheduler = DDPMScheduler(**NOISE_SCHEDULE, clip_sample=False)
-    timestep_weights = min_snr_weights(scheduler.alphas_cumprod, settings.min_snr_gamma)
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=settings.prediction_type, clip_sample=False)
+    weights = timestep_weights(scheduler.alphas_cumprod, settings)
     training = TrainingRun(work_dir / "unet", settings, state, {"model": unet, "ema": ema}, optimizer)
     batch_size = batch_per_process(settings.batch_size, state)
     for step in training:
         rng, noise_generator = training.random_numbers()
-        indices = rng.integers(0, len(latents), batch_size)
-        choices = rng.integers(0, latents.captions_per_picture, batch_size)
+        indices = rng.integers(0, len(moments), batch_size)
         timesteps = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, batch_size))
-        without_caption = torch.from_numpy(rng.random(batch_size) < settings.empty_caption_share)
-        mean, deviation, states = latents.batch(indices, choices)
-        states[without_caption] = latents.empty_states
+        phrasing = random.Random(int(rng.integers(2**32)))
+        captions = [caption(pictures.scenes[index], phrasing) for index in indices]  # worded anew each time
+        for sample in np.flatnonzero(rng.random(batch_size) < settings.empty_caption_share):
+            captions[sample] = ""
+        mean, deviation = moments[indices].float().chunk(2, dim=1)
         drawn = mean + deviation * torch.randn(mean.shape, generator=noise_generator)
         clean = drawn * vae_config["scaling_factor"]
         noise = torch.randn(clean.shape, generator=noise_generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
+        if settings.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(clean, noise, timesteps)
+        else:
+            target = noise
         with mixed_precision(state.device):
-            predicted = unet(noisy.to(state.device), timesteps.to(state.device), states.to(state.device)).sample
-        errors = (predicted.float() - noise.to(state.device)).square().mean((1, 2, 3))  # (n,)
-        loss = (errors * timestep_weights[timesteps].to(state.device)).mean()
+            states = caption_states(clip, tokenizer, captions)
+            predicted = unet(noisy.to(state.device), timesteps.to(state.device), states).sample
+        errors = (predicted.float() - target.to(state.device)).square().mean((1, 2, 3))  # (n,)
+        loss = (errors * weights[timesteps].to(state.device)).mean()
         training.update(loss, mse=errors.mean().item())
         update_ema(ema, unet, settings.ema_decay, step + 1)
     if not state.is_main_process:
@@ -61,7 +73,7 @@ def run(work_dir: Path, settings: UnetSettings, state: PartialState) -> dict:
     return {
         "steps": training.step,
         "seconds": round(training.used_seconds),
-        "epochs": round(training.step * settings.batch_size / len(latents), 2),
+        "epochs": round(training.step * settings.batch_size / len(moments), 2),
     }
 
 
@@ -82,10 +94,22 @@ def build_unet(settings: UnetSettings, vae_config: dict, text_width: int) -> UNe
     )
 
 
-def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Loss weights min(snr, gamma) / snr for each timestep (arXiv 2303.09556)."""
+@torch.no_grad()
+def caption_states(clip: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """(n, tokens, width): what the pipeline feeds to cross-attention, padded to full length as it pads."""
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return clip.text_model(tokens.to(clip.device)).last_hidden_state
+
+
+def timestep_weights(alphas_cumprod: torch.Tensor, settings: UnetSettings) -> torch.Tensor:
+    """Loss weights for each timestep, which bound what nearly clean latents count by gamma (arXiv 2303.09556).
+
+    The error of epsilon is snr times that of the clean latents and is weighted by min(snr, gamma) / snr; the error of
+    v is snr + 1 times it and is weighted by (min(snr, gamma) + 1) / (snr + 1), so that pure noise counts in full.
+    """
+    offset = 1 if settings.prediction_type == "v_prediction" else 0
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return (snr.clamp(max=settings.min_snr_gamma) + offset) / (snr + offset)
 
 
 @torch.no_grad()

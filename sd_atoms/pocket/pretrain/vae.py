@@ -9,7 +9,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 
 from sd_atoms.pocket.pretrain.images import Pictures, to_unit_range
-from sd_atoms.pocket.pretrain.loop import TrainingRun, batch_per_process, mixed_precision
+from sd_atoms.pocket.pretrain.loop import TrainingRun, attend_plainly, batch_per_process, mixed_precision
 from sd_atoms.pocket.pretrain.settings import VaeSettings
 from sd_atoms.pocket.world import PICTURE_PX
 
@@ -22,6 +22,7 @@ def run(work_dir: Path, settings: VaeSettings, state: PartialState) -> dict:
     pictures = Pictures(work_dir, "train")
     torch.manual_seed(settings.seed)  # the same start in every process
     vae = build_vae(settings).to(state.device)
+    attend_plainly(vae, state.device)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
