@@ -1,6 +1,18 @@
-"""What this process may use of the machine."""
+"""What this process may use of the machine, and how several processes work as one."""
 
 import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+
+from sd_atoms.errors import UserError
+
+T = TypeVar("T")
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def usable_cores() -> int:
@@ -8,3 +20,64 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Shares the machine's cores among its processes.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 for CPU runs, which would leave all cores but one idle.
+    """
+    if accelerator.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, usable_cores() // here))
+
+
+def precision_here(wanted: str) -> str:
+    """The mixed precision asked for, or "no" on Apple's cards, whose half precision torch does not train in."""
+    if wanted != "no" and torch.backends.mps.is_available() and not torch.cuda.is_available():
+        print(
+            f"warning: mixed_precision: {wanted} does not work on this Mac; training goes on in fp32", file=sys.stderr
+        )
+        return "no"
+    return wanted
+
+
+def make_accelerator(**settings) -> Accelerator:
+    """An Accelerator whose CPU threads are in use; `logging_dir` switches TensorBoard on.
+
+    Raises:
+        UserError: the device cannot work in the precision asked for, or weights would be sharded.
+    """
+    logging_dir = settings.pop("logging_dir", None)
+    if logging_dir is not None:
+        project = ProjectConfiguration(project_dir=str(logging_dir), logging_dir=str(logging_dir))
+        settings |= {"log_with": "tensorboard", "project_config": project}
+    try:
+        accelerator = Accelerator(**settings)
+    except ValueError as error:  # such as fp16 on a CPU
+        raise UserError(f"mixed_precision: {settings.get('mixed_precision')} does not work here ({error})") from error
+    if accelerator.distributed_type in SHARDING:
+        raise UserError(
+            f"accelerate: distributed_type {accelerator.distributed_type.value} shards what is trained, here a few "
+            "thousand numbers; MULTI_GPU is allowed (configs/accelerate/several_gpus.yaml)"
+        )
+    use_all_cores(accelerator)
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
+    """The result of a look at the disk, taken by the main process for all, so that none sees what another writes.
+
+    Raises:
+        UserError: on every process, if `check` raised it.
+    """
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = check()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise UserError(problem)
+    return result

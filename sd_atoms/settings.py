@@ -1,13 +1,15 @@
 """Settings as frozen dataclasses: one table of defaults that makes the flags, reads the YAML and checks both.
 
-Later sources win: default, then the YAML file of --config, then the command line. Every mistake of all sources is
-reported at once.
+Later sources win: default, then what `accelerate launch` says in the environment, then the YAML file of --config, then
+the command line. Every mistake of all sources is reported at once. Settings may be composed of sections, one for each
+part of the program that uses them; flags and YAML keys are those of all sections, side by side.
 """
 
 import argparse
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import types
 import typing
@@ -18,6 +20,7 @@ from typing import Any, NoReturn
 import yaml
 
 from sd_atoms.errors import UserError
+from sd_atoms.sources import packaged_file
 
 
 def setting(
@@ -31,6 +34,10 @@ def setting(
     required: bool = False,
     unless: Sequence[str] = (),
     item: type | None = None,
+    positional: bool = False,
+    aliases: Sequence[str] | Mapping[str, Any] = (),
+    environment: str | None = None,
+    file: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -42,10 +49,69 @@ def setting(
         low, high: smallest and largest allowed number.
         required: None is no answer, unless one of the fields named in `unless` is set.
         item: the field is a tuple of these settings; a YAML list of mappings gives it, no flag does.
+        positional: the command line gives it without its name.
+        aliases: other names of the flag and YAML key; a mapping gives the value that such a switch stands for.
+        environment: variable by which `accelerate launch` sets the same.
+        file: names a file; in a YAML file it counts from there, where such a file is there.
     """
-    metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required)
-    metadata |= dict(unless=unless, item=item)
+    metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required, unless=unless)
+    metadata |= dict(item=item, positional=positional, environment=environment, file=file)
+    metadata |= dict(aliases=dict(aliases) if isinstance(aliases, Mapping) else dict.fromkeys(aliases))
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(settings: type) -> Any:
+    """A dataclass field that holds some of the settings, for the part of the program that uses these."""
+    return dataclasses.field(default_factory=settings, metadata={"section": settings})
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Name -> value of all settings, those of its sections among them."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        values |= flat(value) if "section" in field.metadata else {field.name: value}
+    return values
+
+
+def replaced(settings: Any, **changes: Any) -> Any:
+    """The same settings with other values, in whatever section they are.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    own = {}
+    for field in dataclasses.fields(settings):
+        if "section" in field.metadata:
+            names = fields_of(field.metadata["section"]).keys() & changes.keys()
+            if names:
+                part = {name: changes.pop(name) for name in names}
+                own[field.name] = replaced(getattr(settings, field.name), **part)
+    return dataclasses.replace(settings, **own, **changes)
+
+
+def fields_of(settings: type) -> dict[str, tuple[type, dataclasses.Field]]:
+    """Name -> (the section that has it, the field) of all settings, in order."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        found |= (
+            fields_of(field.metadata["section"]) if "section" in field.metadata else {field.name: (settings, field)}
+        )
+    return found
+
+
+def build(settings: type, values: Mapping[str, Any]) -> Any:
+    """Settings of those values; what is left out has its default.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    own, rest = {}, dict(values)
+    for field in dataclasses.fields(settings):
+        if "section" in field.metadata:
+            part = field.metadata["section"]
+            own[field.name] = build(part, {name: rest.pop(name) for name in fields_of(part) if name in rest})
+    return settings(**own, **rest)
 
 
 _short = reprlib.Repr()
@@ -57,7 +123,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as UserError, so that every command ends alike."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -66,52 +132,59 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """One flag per field, under the field's group; absent flags stay out of the parsed result."""
     groups = {}
-    for field in dataclasses.fields(settings):
-        meta = field.metadata
+    for name, (owner, field) in fields_of(settings).items():
+        meta, kind = field.metadata, _kind(owner, name)
         if meta["item"]:
             continue
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         note = " (required)" if meta["required"] else "" if field.default is None else f" (default: {field.default})"
-        text = (meta["help"] + note).replace("%", "%%")
-        flag = f"--{field.name}"
-        if _kind(settings, field.name) is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        options = dict(help=(meta["help"] + note).replace("%", "%%"), default=argparse.SUPPRESS)
+        if meta["positional"]:
+            parser.add_argument(name, nargs=None if meta["required"] else "?", metavar=name.upper(), **options)
+            continue
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        same = [f"--{name}", *(f"--{alias}" for alias, value in meta["aliases"].items() if value is None)]
+        if kind is bool:
+            group.add_argument(*same, dest=name, action=argparse.BooleanOptionalAction, **options)
         else:
-            metavar = (
-                "{" + ",".join(meta["choices"]) + "}"
-                if meta["choices"]
-                else _kind(settings, field.name).__name__.upper()
-            )
-            group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+            metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
+            group.add_argument(*same, dest=name, metavar=metavar, **options)
+        for alias, value in meta["aliases"].items():
+            if value is not None:
+                options["help"] = f"the same as --{name} {value}"
+                group.add_argument(f"--{alias}", action=argparse.BooleanOptionalAction, **options)
 
 
 def resolve(
     settings: type, flags: Mapping[str, Any], config_path: str | None = None, unknown: Sequence[str] = ()
 ) -> Any:
-    """Builds the settings from defaults, a YAML file and flags.
+    """Builds the settings from defaults, the launcher's environment, a YAML file and flags.
 
     Args:
         settings: the dataclass.
         flags: field name -> text or bool, as parsed.
-        config_path: a YAML file of field names and values, or None.
+        config_path: a YAML file of field names and values, or the short name of a packaged one, or None.
         unknown: command-line words that no flag took.
 
     Raises:
         UserError: everything that is wrong, in one line.
     """
-    fields = {field.name: field for field in dataclasses.fields(settings)}
+    fields = fields_of(settings)
     problems = [f"unknown flag {word}{_near(word.lstrip('-'), fields)}" for word in unknown if word.startswith("--")]
     problems += [f"unexpected word {word!r}" for word in unknown[:1] if not word.startswith("--")]
-    values = {}
-    for origin, entries in ((config_path, read_yaml(config_path) if config_path else {}), (None, flags)):
-        for name, value in entries.items():
+    values = launcher_settings(settings)
+    for origin, entries in ((config_path, read_config(config_path) if config_path else {}), (None, flags)):
+        for name, value in _by_own_names(fields, entries).items():
             try:
-                values[name] = _value(settings, fields, name, value)
+                values[name] = coerced(settings, name, value)
             except ValueError as error:
                 where = "" if name not in fields else f"--{name}: " if origin is None else f"{name}: "
                 problems.append(f"{where}{error}")
+                continue
+            if origin is not None and fields[name][1].metadata["file"] and isinstance(values[name], str):
+                beside = Path(origin).parent / values[name]
+                values[name] = str(beside) if beside.is_file() else values[name]
     reported = {problem.split(":")[0].lstrip("-") for problem in problems}
-    for name, field in fields.items():
+    for name, (_, field) in fields.items():
         excused = any(values.get(other) is not None for other in field.metadata["unless"])
         if field.metadata["required"] and values.get(name) is None and name not in reported and not excused:
             problems.append(f"{name} is required: {field.metadata['help']}")
@@ -119,7 +192,61 @@ def resolve(
         source = f"{config_path}: " if config_path else ""
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(source + count + "; ".join(problems))
-    return settings(**values)
+    return build(settings, values)
+
+
+def launcher_settings(settings: type) -> dict[str, Any]:
+    """What `accelerate launch` says of these settings in the environment; what it says to no purpose is left out."""
+    found = {}
+    for name, (_, field) in fields_of(settings).items():
+        text = os.environ.get(field.metadata["environment"] or "")
+        if text:
+            try:
+                found[name] = coerced(settings, name, text)
+            except ValueError as error:
+                raise UserError(f"{field.metadata['environment']}: {error}") from error
+    return found
+
+
+def launcher_notes(settings: Any) -> list[str]:
+    """One line on each setting about which the launcher says something else than the default: what holds."""
+    notes, values = [], flat(settings)
+    for name, said in launcher_settings(type(settings)).items():
+        if said != fields_of(type(settings))[name][1].default:
+            other = "" if values[name] == said else f", as set here; accelerate launch says {said}"
+            notes.append(f"{name}: {values[name]}{other or ', as accelerate launch says'}")
+    return notes
+
+
+def _by_own_names(fields: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The same entries without aliases; a setting's own name wins over a switch that stands for one of its values."""
+    known = {alias: (name, value) for name, (_, f) in fields.items() for alias, value in f.metadata["aliases"].items()}
+    own = {name: value for name, value in entries.items() if name not in known}
+    for alias, given in entries.items():
+        if alias in known:
+            name, stands_for = known[alias]
+            if stands_for is None:
+                own.setdefault(name, given)
+            elif given is True:
+                own.setdefault(name, stands_for)
+            elif given is not False:
+                own[alias] = given  # is reported as no such key: neither true nor false
+    return own
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The mapping in the file of --config: a path, or the short name of a packaged one such as pocket/castle."""
+    packaged = None if Path(path).exists() else packaged_file(str(path), "configs", ".yaml")
+    return read_yaml(packaged or path)
+
+
+def read_settings(settings: type, path: str | Path) -> dict[str, Any]:
+    """What a YAML file of these settings says, under their own names; nothing is checked.
+
+    Raises:
+        UserError: as `read_yaml`.
+    """
+    return _by_own_names(fields_of(settings), read_yaml(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -148,7 +275,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(values: Any) -> str:
     """The settings as YAML in the order of their fields."""
-    return yaml.safe_dump(dataclasses.asdict(values), sort_keys=False, allow_unicode=True, width=119)
+    return yaml.safe_dump(plain_values(values), sort_keys=False, allow_unicode=True, width=119)
+
+
+def plain_values(values: Any) -> dict[str, Any]:
+    """Name -> value of all settings, as a YAML file has them."""
+    return {
+        name: [dataclasses.asdict(entry) for entry in value] if isinstance(value, tuple) else value
+        for name, value in flat(values).items()
+    }
 
 
 def shown(value: Any) -> str:
@@ -159,12 +294,19 @@ def shown(value: Any) -> str:
         return "so large a number"
 
 
-def _value(settings: type, fields: Mapping[str, dataclasses.Field], name: Any, value: Any) -> Any:
+def coerced(settings: type, name: Any, value: Any) -> Any:
+    """A value as the setting of that name has it.
+
+    Raises:
+        ValueError: there is no such setting, or the value is not allowed.
+    """
+    fields = fields_of(settings)
     if name not in fields:
         raise ValueError(f"unknown key {shown(name)}{_near(name if isinstance(name, str) else '', fields)}")
-    item = fields[name].metadata["item"]
+    owner, field = fields[name]
+    item = field.metadata["item"]
     if item is None or value is None:
-        return _coerce(fields[name], _kind(settings, name), value)
+        return _coerce(field, _kind(owner, name), value)
     return _items(item, value)
 
 
@@ -172,24 +314,23 @@ def _items(item: type, entries: Any) -> tuple:
     """A list of mappings as settings, all mistakes in one ValueError."""
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{shown(entries)} is not a list of `name: value` mappings")
-    fields = {field.name: field for field in dataclasses.fields(item)}
     made, problems = [], []
     for number, entry in enumerate(entries):
         values = {}
         for name, value in entry.items():
             try:
-                values[name] = _value(item, fields, name, value)
+                values[name] = coerced(item, name, value)
             except ValueError as error:
-                problems.append(f"[{number}] {'' if name not in fields else f'{name}: '}{error}")
+                problems.append(f"[{number}] {'' if name not in fields_of(item) else f'{name}: '}{error}")
         made.append(values)
     if problems:
         raise ValueError("; ".join(problems))
     return tuple(item(**values) for values in made)
 
 
-def _kind(settings: type, name: str) -> type:
+def _kind(owner: type, name: str) -> type:
     """The plain type of a field: str of `str | None`."""
-    hint = typing.get_type_hints(settings)[name]
+    hint = typing.get_type_hints(owner)[name]
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint

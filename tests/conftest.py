@@ -11,15 +11,6 @@ import copy
 import pytest
 import torch
 
-# the least that a run on the packaged concept says; tests add what makes it small
-CASTLE = dict(
-    pretrained_model_name_or_path="pocket",
-    instance_data_dir="pocket:castle",
-    instance_prompt="photo of a <castle>.",
-    placeholder_token="<castle>",
-    initializer_token="castle",
-)
-
 
 @pytest.fixture(scope="session")
 def pocket():

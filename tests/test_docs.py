@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-NAMED = sorted(set(re.findall(r"(tests/\w+\.py)::(\w+)", Path("docs/field-issues.md").read_text(encoding="utf-8"))))
+NAMED = sorted(set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", Path("docs/field-issues.md").read_text(encoding="utf-8"))))
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED)

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from sd_atoms.errors import UserError
-from sd_atoms.recipes.machine import make_accelerator
+from sd_atoms.machine import make_accelerator
 
 CONFIGS = sorted(Path("configs/accelerate").glob("*.yaml"))
 

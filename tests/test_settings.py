@@ -1,9 +1,13 @@
 """Settings: one table of defaults behind flags and YAML, and every mistake at once."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from helpers import train_config
+
+from sd_atoms.data.prompts import load_templates
 from sd_atoms.errors import UserError
-from sd_atoms.settings import resolve, to_yaml
+from sd_atoms.settings import launcher_notes, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
 
 NEEDED = dict(pretrained_model_name_or_path="pocket", instance_data_dir="photos", instance_prompt="a <c>")
@@ -13,7 +17,12 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     path = tmp_path / "c.yaml"
     path.write_text("m: 4\nlearning_rate: 5e-3\ntrain_batch_size: 2\n")
     config = resolve(TrainConfig, NEEDED | {"m": "6"}, str(path))
-    assert (config.m, config.learning_rate, config.train_batch_size, config.seed) == (6, 5e-3, 2, 0)
+    assert (config.method.m, config.optimiser.learning_rate, config.loop.train_batch_size, config.loop.seed) == (
+        6,
+        5e-3,
+        2,
+        0,
+    )
 
 
 def test_the_written_settings_read_back_the_same(tmp_path):
@@ -49,8 +58,8 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
 
 def test_numbers_as_people_write_them():
     for text, value in (("1e-2", 0.01), ("1", 1.0), (".5", 0.5)):
-        assert resolve(TrainConfig, NEEDED | {"learning_rate": text}).learning_rate == value
-    assert resolve(TrainConfig, NEEDED | {"num_train_epochs": None}).num_train_epochs is None
+        assert resolve(TrainConfig, NEEDED | {"learning_rate": text}).optimiser.learning_rate == value
+    assert resolve(TrainConfig, NEEDED | {"num_train_epochs": None}).loop.num_train_epochs is None
 
 
 @pytest.mark.parametrize(
@@ -72,16 +81,16 @@ def test_files_that_hold_no_settings(tmp_path, content, message):
 
 def test_settings_that_do_not_go_together_are_reported_at_once():
     with pytest.raises(UserError) as caught:
-        TrainConfig(**NEEDED, placeholder_token="<castle>", prompts_file="p.txt")
+        train_config(**NEEDED, placeholder_token="<castle>", prompts_file="p.txt")
     assert "lacks the placeholder <castle>" in str(caught.value)
     assert "initializer_token is required" in str(caught.value)
     with pytest.raises(UserError, match="train_token_embedding needs a placeholder_token"):
-        TrainConfig(**NEEDED, train_token_embedding=True)
+        train_config(**NEEDED, train_token_embedding=True)
 
 
 @pytest.mark.parametrize("name", ["castle", "canal"])
 def test_the_packaged_configurations_are_valid(name):
-    assert resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").placeholder_token == f"<{name}>"
+    assert resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").text.placeholder_token == f"<{name}>"
 
 
 def test_several_concepts_come_from_yaml_and_go_back_into_it(tmp_path):
@@ -93,8 +102,8 @@ def test_several_concepts_come_from_yaml_and_go_back_into_it(tmp_path):
         "- {instance_data_dir: b, instance_prompt: photo of b, repeats: 3}\n"
     )
     config = resolve(TrainConfig, {}, str(path))
-    assert [concept.repeats for concept in config.concepts] == [1, 3]
-    assert config.concepts[0].tokens == ("<a>",)
+    assert [concept.repeats for concept in config.data.concepts] == [1, 3]
+    assert config.data.concepts[0].tokens == ("<a>",)
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config))
     assert resolve(TrainConfig, {}, str(again)) == config
@@ -116,3 +125,56 @@ def test_every_mistake_in_a_list_of_concepts_is_reported_at_once(tmp_path):
     path.write_text("pretrained_model_name_or_path: pocket\nconcepts: 3\n")
     with pytest.raises(UserError, match="concepts: 3 is not a list"):
         resolve(TrainConfig, {}, str(path))
+
+
+def test_a_switch_that_stands_for_a_value_is_one(tmp_path):
+    path = tmp_path / "c.yaml"
+    prior = dict(class_prompt="a castle", class_data_dir="classes")
+    path.write_text("with_prior_preservation: true\n")
+    assert resolve(TrainConfig, NEEDED | prior, str(path)).prior.prior == "images"
+    assert resolve(TrainConfig, NEEDED | prior | {"with_prior_preservation": True}).prior.prior == "images"
+    assert resolve(TrainConfig, NEEDED | prior | {"prior": "teacher"}, str(path)).prior.prior == "teacher"
+    path.write_text("with_prior_preservation: false\n")
+    assert resolve(TrainConfig, NEEDED, str(path)).prior.prior == "none"
+    path.write_text("with_prior_preservation: maybe\n")
+    with pytest.raises(UserError, match="unknown key 'with_prior_preservation'|is not true or false"):
+        resolve(TrainConfig, NEEDED, str(path))
+
+
+def test_flags_win_over_the_file_the_file_over_the_launcher_and_the_launcher_over_defaults(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text("mixed_precision: fp16\n")
+    assert resolve(TrainConfig, NEEDED).precision.mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = resolve(TrainConfig, NEEDED)
+    assert (config.precision.mixed_precision, config.loop.gradient_accumulation_steps) == ("bf16", 4)
+    assert launcher_notes(config) == [
+        "gradient_accumulation_steps: 4, as accelerate launch says",
+        "mixed_precision: bf16, as accelerate launch says",
+    ]
+    config = resolve(TrainConfig, NEEDED, str(path))
+    assert config.precision.mixed_precision == "fp16"
+    assert "mixed_precision: fp16, as set here; accelerate launch says bf16" in launcher_notes(config)
+    assert resolve(TrainConfig, NEEDED | {"mixed_precision": "no"}, str(path)).precision.mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION: 'fp8' is not one of no, fp16, bf16"):
+        resolve(TrainConfig, NEEDED)
+
+
+def test_a_file_named_in_a_configuration_counts_from_there(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "templates.txt").write_text("a {}\n")
+    (folder / "c.yaml").write_text("prompts_file: templates.txt\nplaceholder_token: <c>\ninitializer_token: castle\n")
+    monkeypatch.chdir(tmp_path)
+    config = resolve(TrainConfig, NEEDED, "configs/c.yaml")
+    assert Path(config.images.prompts_file).resolve() == folder / "templates.txt"
+
+
+def test_packaged_files_go_by_short_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(TrainConfig, {}, "pocket/castle").text.placeholder_token == "<castle>"
+    assert len(load_templates("few_shot")) == 20
+    with pytest.raises(UserError, match="pocket/palace: cannot be read"):
+        resolve(TrainConfig, {}, "pocket/palace")

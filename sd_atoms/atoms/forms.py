@@ -76,7 +76,7 @@ def atoms_layer(
     bias: torch.Tensor | None,
     geometry: ConvGeometry | None,
     form: str = "auto",
-    unmoved: bool = False,
+    delta_is_zero: bool = False,
 ) -> torch.Tensor:
     """conv(x, Σ Q·M) + bias, or linear(x, Σ Q·M) + bias, differentiable in x and in every M.
 
@@ -87,7 +87,7 @@ def atoms_layer(
         bias: (o,) or None, frozen.
         geometry: stride, zero padding, dilation, groups; None for a Linear layer.
         form: one of FORMS; "auto" and whatever a layer cannot take is decided here.
-        unmoved: the caller knows that Σ Q·M = F: the value is then that of the plain layer, bit for bit, and the
+        delta_is_zero: the caller knows that Σ Q·M = F: the value is then that of the plain layer, bit for bit, and the
             gradients are those of the chosen form.
 
     Returns:
@@ -102,7 +102,7 @@ def atoms_layer(
     tensors = [tensor for term in terms for tensor in term[:2]]
     blocks = [term.block for term in terms]
     with torch.autocast(x.device.type, enabled=False):  # autocast would mix in half precision
-        return _AtomsLayer.apply(x, _before_silu(x), weight, bias, geometry, form, unmoved, blocks, *tensors)
+        return _AtomsLayer.apply(x, _before_silu(x), weight, bias, geometry, form, delta_is_zero, blocks, *tensors)
 
 
 def _before_silu(x: torch.Tensor) -> torch.Tensor | None:
@@ -120,12 +120,12 @@ def _before_silu(x: torch.Tensor) -> torch.Tensor | None:
 
 class _AtomsLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, before_silu, weight, bias, geometry, form, unmoved, blocks, *tensors):
+    def forward(ctx, x, before_silu, weight, bias, geometry, form, delta_is_zero, blocks, *tensors):
         ctx.save_for_backward(x if before_silu is None else before_silu, weight, *tensors)
         ctx.remake = before_silu is not None
         ctx.geometry, ctx.form, ctx.blocks = geometry, form, blocks
-        terms = [PLAIN] if unmoved else _terms(tensors, blocks)
-        if form == "activation" and not unmoved:
+        terms = [PLAIN] if delta_is_zero else _terms(tensors, blocks)
+        if form == "activation" and not delta_is_zero:
             return _forward_by_activation(x, weight, terms, bias, geometry)
         return _layer(x, effective_weight(weight, terms, _groups(geometry)), bias, geometry)
 

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.atoms import filter_rows, relative_error, svd_atoms, taps
-from sd_atoms.bench.machine import describe, machine_info
+from sd_atoms.bench.measuring import describe, machine_info
 from sd_atoms.pipeline.architectures import build_unet, unet_config
 
 MOST_ATOMS = 9

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.bench.architectures import step_inputs
-from sd_atoms.bench.machine import check_device, describe, machine_info, now_seconds
+from sd_atoms.bench.measuring import check_device, describe, machine_info, now_seconds
 from sd_atoms.bench.methods import attach
 from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline import DTYPES, load_atoms, save_atoms

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sd_atoms.atoms.sparse import sparse_atoms, sparse_coefficients, sparse_objective
-from sd_atoms.bench.machine import describe, machine_info
+from sd_atoms.bench.measuring import describe, machine_info
 
 KERNEL = 3
 # What arXiv 2403.00269's public code asks of its solver: rounds of codes and atoms, and FISTA steps of the encoding

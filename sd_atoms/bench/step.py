@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import sd_atoms
 from sd_atoms.bench.architectures import latent_size
-from sd_atoms.bench.machine import check_device, describe, machine_info
+from sd_atoms.bench.measuring import check_device, describe, machine_info
 from sd_atoms.bench.methods import METHODS
 from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline.architectures import unet_config

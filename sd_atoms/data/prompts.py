@@ -5,15 +5,16 @@ import re
 from pathlib import Path
 
 from sd_atoms.errors import UserError
+from sd_atoms.sources import packaged_file
 
 LARGEST_SEED = 2**63 - 1
 MOST_SEEDS = 100_000  # far above any experiment; a slip such as 0-99999999999 must not fill the memory
 
 
 def load_templates(path: str | os.PathLike) -> list[str]:
-    """Reads one template per line from a UTF-8 file; `{}` stands for the concept, once per template.
+    """Reads one template per line from a UTF-8 file, or a packaged one such as "few_shot".
 
-    Blank lines and lines that start with `#` are skipped.
+    `{}` stands for the concept, once per template. Blank lines and lines that start with `#` are skipped.
 
     Raises:
         UserError: no such file, not UTF-8, no template in it, or a line whose braces are not one `{}`.
@@ -76,6 +77,8 @@ def parse_seeds(text: str) -> list[int]:
 
 def _numbered_lines(path: str | os.PathLike, expected: str) -> list[tuple[int, str]]:
     """(line number, text) of all lines but blank ones and comments."""
+    if not Path(path).exists():
+        path = packaged_file(str(path), "prompts", ".txt") or path
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline.base import quiet_unless_terminal, resolve_source
-from sd_atoms.pocket import packaged_path
+from sd_atoms.pipeline.base import quiet_unless_terminal
+from sd_atoms.sources import packaged_path, resolve_source
 
 
 class ClipFeatures:

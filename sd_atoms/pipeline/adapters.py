@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sd_atoms.errors import AtomsWarning, UserError
-from sd_atoms.pipeline.artefact import Artefact, by_layer, read_artefact, strangers, write_artefact
+from sd_atoms.pipeline.artefact import Artefact, by_layer, read_artefact, unexpected_keys, write_artefact
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
 from sd_atoms.pipeline.lora import check_lora_swap, lora_config, lora_shapes, swap_lora
@@ -175,7 +175,7 @@ def _text_part(pipe, adapter_name: str) -> tuple[PeftConfig | None, dict[str, to
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     state = get_peft_model_state_dict(pipe.text_encoder, adapter_name=adapter_name, save_embedding_layers=False)
-    unknown = strangers(config, state)
+    unknown = unexpected_keys(config, state)
     if unknown:
         raise UserError(f"{where}: {unknown[0]} is neither of atoms nor of plain LoRA and would be lost")
     return config, state

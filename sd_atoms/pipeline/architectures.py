@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sd_atoms.errors import UserError
-from sd_atoms.pocket import packaged_path
+from sd_atoms.sources import packaged_path
 
 SD_V1_4 = {
     "sample_size": 64,

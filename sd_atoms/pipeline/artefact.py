@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
-from sd_atoms.pipeline.base import resolve_source
 from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
+from sd_atoms.sources import resolve_source
 from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.config import PEFT_TYPE
 
@@ -117,13 +117,17 @@ def by_layer(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int
     return dict(layers)
 
 
-def strangers(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names in `state` that adapters of that kind do not have, or else those that it lacks."""
+def unexpected_keys(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in `state` that adapters of that kind do not have."""
     known = LORA_PARTS if isinstance(config, LoraConfig) else PARTS
-    layers = by_layer(state)
-    return [f"{layer}.{part}" for layer, parts in layers.items() for part in parts if part not in known] or [
+    return [f"{layer}.{part}" for layer, parts in by_layer(state).items() for part in parts if part not in known]
+
+
+def missing_keys(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names that `state` lacks beside those that they come together with."""
+    return [
         f"{layer}.{part}"
-        for layer, parts in layers.items()
+        for layer, parts in by_layer(state).items()
         for together in TOGETHER
         for part in together
         if part not in parts and set(together) & set(parts)
@@ -271,7 +275,7 @@ def _text_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig 
 
 def _check_parts(where: Path, config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Also gives the config the names of the layers for its targets."""
-    wrong = strangers(config, state)
+    wrong = unexpected_keys(config, state) or missing_keys(state)
     if wrong or not state:
         kind = "LoRA" if isinstance(config, LoraConfig) else "atoms"
         raise UserError(f"{where}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or f'any {kind}'}")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import diffusers
 import torch
@@ -10,7 +9,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 
 from sd_atoms.errors import UserError
-from sd_atoms.pocket import packaged_path
+from sd_atoms.sources import packaged_path, resolve_source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,21 +54,6 @@ def open_base(
         raise UserError(f"{name}: {_reason(source, error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def resolve_source(name: str, field: str) -> str:
-    """Tells a folder from a hub id before anything is opened.
-
-    Raises:
-        UserError: `name` is neither.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path)
-    looks_local = name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in name) or name.count("/") != 1
-    if looks_local or not all(name.split("/")):
-        raise UserError(f"{field}: {name!r} is neither an existing path nor a hub id of the form owner/name")
-    return name
 
 
 def quiet_unless_terminal() -> None:

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from sd_atoms.errors import UserError
-from sd_atoms.pocket import WEIGHTS_FOLDER
 
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 MANIFEST_NAME = "manifest.json"
 
 

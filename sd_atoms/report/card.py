@@ -4,15 +4,16 @@ Prompts, tokens and names come from people: in YAML they are written by the YAML
 as quoted literals on one line.
 """
 
-import html
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import yaml
+
+from sd_atoms.report.markdown import cell, code, escaped, fenced, table
+from sd_atoms.sources import is_hub_id
 
 TAGS = ("text-to-image", "stable-diffusion", "filter-atoms", "dreambooth")
 PAPER = "[Large Convolutional Model Tuning via Filter Subspace](https://arxiv.org/abs/2403.00269)"
@@ -32,7 +33,7 @@ RATES = {
 }
 
 
-class Picture(NamedTuple):
+class CardImage(NamedTuple):
     """A picture of the card: its path relative to the card, and its prompt."""
 
     path: str
@@ -50,7 +51,7 @@ def model_card(
     config: Mapping[str, Any],
     about: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    pictures: Sequence[Picture],
+    pictures: Sequence[CardImage],
     file: AdapterFile,
     *,
     grids: Sequence[str] = (),
@@ -71,7 +72,7 @@ def model_card(
     """
     sections = [
         front_matter(config, pictures),
-        f"# {_escaped(file.name.removesuffix('.safetensors'))}: filter atoms for {_escaped(_base(config))}",
+        f"# {escaped(file.name.removesuffix('.safetensors'))}: filter atoms for {escaped(_base(config))}",
         _what_it_is(config, metrics, file),
         "## The word\n\n" + _words(config),
         "## Pictures\n\n" + _pictures(pictures, grids, drawn, about) if pictures or grids else "",
@@ -83,11 +84,11 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def front_matter(config: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+def front_matter(config: Mapping[str, Any], pictures: Sequence[CardImage]) -> str:
     """The YAML block that the hub reads."""
     prompts = [concept["instance_prompt"] for concept in _concepts(config) if concept.get("instance_prompt")]
     data = {
-        "base_model": _base(config) if _is_hub_id(_base(config)) else None,
+        "base_model": _base(config) if is_hub_id(_base(config)) else None,
         "library_name": "diffusers",
         "tags": list(TAGS),
         "instance_prompt": prompts[0] if prompts else None,
@@ -110,33 +111,33 @@ def _what_it_is(config: Mapping[str, Any], metrics: Mapping[str, Any], file: Ada
     ]
     trained = f": {_listed(counts)} were trained, everything else stays as it is" if counts else ""
     words = [token for concept in _concepts(config) for token in _tokens(concept)]
-    what = f"the word {_listed([_code(word) for word in words])}" if words else "one concept"
-    base = _code(_base(config))
+    what = f"the word {_listed([code(word) for word in words])}" if words else "one concept"
+    base = code(_base(config))
     method = f"*filter atoms* alone ({PAPER})"
     if training.get("trained_text_numbers"):
         method = f"*filter atoms* ({PAPER}) and an adapter of its text encoder"
     return (
         f"It teaches the Stable Diffusion base {base} {what} by {method}{trained}. "
-        f"The file {_code(file.name)} of {_size(file.size_bytes)} is the whole adapter."
+        f"The file {code(file.name)} of {_size(file.size_bytes)} is the whole adapter."
     )
 
 
 def _words(config: Mapping[str, Any]) -> str:
     rows = []
     for concept in _concepts(config):
-        prompt = _escaped(concept.get("instance_prompt") or "")
+        prompt = escaped(concept.get("instance_prompt") or "")
         starts = (concept.get("initializer_token") or "").split()
         tokens = _tokens(concept)
         starts = starts * len(tokens) if len(starts) == 1 else starts
         for token, start in zip(tokens, starts or [""] * len(tokens), strict=False):
-            rows.append([_cell(_code(token)), f"what the training pictures show: “{prompt}”", _escaped(start)])
+            rows.append([cell(code(token)), f"what the training pictures show: “{prompt}”", escaped(start)])
     if rows:
-        return _table(["in a prompt", "it stands for", "it started from the word"], rows)
-    prompts = _listed([f"“{_escaped(concept.get('instance_prompt') or '')}”" for concept in _concepts(config)])
+        return table(["in a prompt", "it stands for", "it started from the word"], rows)
+    prompts = _listed([f"“{escaped(concept.get('instance_prompt') or '')}”" for concept in _concepts(config)])
     return f"There is no new word; the concept is called as in training: {prompts}."
 
 
-def _pictures(pictures: Sequence[Picture], grids: Sequence[str], drawn: int, about: Mapping[str, Any]) -> str:
+def _pictures(pictures: Sequence[CardImage], grids: Sequence[str], drawn: int, about: Mapping[str, Any]) -> str:
     parts = []
     if pictures:
         sampling = about.get("sampling", {})
@@ -146,7 +147,7 @@ def _pictures(pictures: Sequence[Picture], grids: Sequence[str], drawn: int, abo
             f": {len(pictures)} of the run's {drawn} template pictures, evenly spread" if drawn > len(pictures) else ""
         )
         made = f" ({', '.join(how)})" if how else ""
-        parts.append(_escaped(f"With the adapter, not picked by eye{some}{made}."))
+        parts.append(escaped(f"With the adapter, not picked by eye{some}{made}."))
         parts.append(_picture_table(pictures))
     if grids:
         parts.append("All of the run, beside the training pictures and what the base draws:")
@@ -154,16 +155,16 @@ def _pictures(pictures: Sequence[Picture], grids: Sequence[str], drawn: int, abo
     return "\n\n".join(parts)
 
 
-def _picture_table(pictures: Sequence[Picture]) -> str:
+def _picture_table(pictures: Sequence[CardImage]) -> str:
     """Rows of pictures with their prompts below; Markdown wants a header, so the first pictures are it."""
     lines = []
     columns = min(COLUMNS, len(pictures))
     for start in range(0, len(pictures), columns):
         row = list(pictures[start : start + columns])
         blank = [""] * (columns - len(row))
-        lines.append([f"![{_escaped(prompt)}]({quote(path)})" for path, prompt in row] + blank)
-        lines.append([_escaped(prompt) for _, prompt in row] + blank)
-    return _table(lines[0], lines[1:], centred=True)
+        lines.append([f"![{escaped(prompt)}]({quote(path)})" for path, prompt in row] + blank)
+        lines.append([escaped(prompt) for _, prompt in row] + blank)
+    return table(lines[0], lines[1:], centred=True)
 
 
 def _scores(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -172,7 +173,7 @@ def _scores(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     for where, block in blocks.items():
         adapted, base = block.get("adapted", {}), block.get("base", {})
         for key in dict.fromkeys([key for key in (*SCORES, *adapted, *base) if key in adapted or key in base]):
-            label = _escaped(where + SCORES.get(key, key))
+            label = escaped(where + SCORES.get(key, key))
             values = adapted.get(key), base.get(key)
             difference = None if None in values else values[0] - values[1]
             rows.append([label, *map(_number, values), _number(difference, "+.3f")])
@@ -180,10 +181,10 @@ def _scores(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
                 worse.append(label.partition(",")[0])
     judge = config.get("clip_model_name_or_path")
     text = [
-        f"By {f'the CLIP model {_code(judge)}' if judge else 'a CLIP model'}, adapter and base on the same seeds and "
+        f"By {f'the CLIP model {code(judge)}' if judge else 'a CLIP model'}, adapter and base on the same seeds and "
         "prompts, the base with the plain word in place of the new one; higher is closer to the pictures, closer to "
         "the prompts, more diverse.",
-        _table(["", "adapter", "base", "difference"], rows, numbers=True),
+        table(["", "adapter", "base", "difference"], rows, right=[False, True, True, True]),
     ]
     if worse:
         text.append(f"Below the base: {'; '.join(worse)}.")
@@ -197,19 +198,19 @@ def _training(config: Mapping[str, Any], about: Mapping[str, Any], metrics: Mapp
     versions = about.get("versions", {})
     revision = config.get("revision")
     rows = {
-        "Base": _code(_base(config)) + (f", revision {_code(revision)}" if revision else ""),
+        "Base": code(_base(config)) + (f", revision {code(revision)}" if revision else ""),
         "Training pictures": header.get("pictures"),
-        "Prompt": "; ".join(_escaped(concept.get("instance_prompt") or "") for concept in _concepts(config)),
+        "Prompt": "; ".join(escaped(concept.get("instance_prompt") or "") for concept in _concepts(config)),
         "Resolution": f"{config['resolution']} px" if config.get("resolution") else None,
         "Steps": f"{steps:,}" + (f", {per_step} pictures each" if per_step else "") if steps else None,
-        "What is trained": _escaped(_adapted(config)),
+        "What is trained": escaped(_adapted(config)),
         "Learning rates": _rates(config, header),
         "Precision of the base": {"no": "float32"}.get(config.get("mixed_precision"), config.get("mixed_precision")),
-        "Prior preservation": None if config.get("prior") in (None, "none") else _escaped(config["prior"]),
+        "Prior preservation": None if config.get("prior") in (None, "none") else escaped(config["prior"]),
         "Seed": header.get("seed", config.get("seed")),
-        "Versions": _escaped(", ".join(f"{name} {number}" for name, number in versions.items())),
+        "Versions": escaped(", ".join(f"{name} {number}" for name, number in versions.items())),
     }
-    return _table(["", ""], [[key, _cell(str(value))] for key, value in rows.items() if value not in (None, "")])
+    return table(["", ""], [[key, cell(str(value))] for key, value in rows.items() if value not in (None, "")])
 
 
 def _adapted(config: Mapping[str, Any]) -> str:
@@ -238,7 +239,7 @@ def _rates(config: Mapping[str, Any], header: Mapping[str, Any]) -> str:
     values = {key: header.get(key, config.get(key)) for key in RATES if used[key]}
     rates = [f"{value:g} ({RATES[key]})" for key, value in values.items() if value is not None]
     schedule = [config["lr_scheduler"]] if rates and config.get("lr_scheduler") else []
-    return _escaped(", ".join(rates + schedule))
+    return escaped(", ".join(rates + schedule))
 
 
 def _loading(config: Mapping[str, Any], about: Mapping[str, Any], file: AdapterFile, repo_id: str | None) -> str:
@@ -258,9 +259,9 @@ def _loading(config: Mapping[str, Any], about: Mapping[str, Any], file: AdapterF
         pipe = 'pipe = open_base("pocket")  # comes with the package'
     else:
         opening = ["from diffusers import StableDiffusionPipeline", "from sd_atoms import load_atoms"]
-        note = "" if _is_hub_id(base) else "  # your folder of this base"
+        note = "" if is_hub_id(base) else "  # your folder of this base"
         pipe = f"pipe = StableDiffusionPipeline.from_pretrained({_literal(base)}{revision}){note}"
-    code = [
+    lines = [
         *opening,
         "",
         pipe,
@@ -278,10 +279,10 @@ def _loading(config: Mapping[str, Any], about: Mapping[str, Any], file: AdapterF
     ]
     return (
         "With the `sd_atoms` package:\n\n"
-        + _fenced("python", "\n".join(code))
+        + fenced("python", "\n".join(lines))
         + "\n\n`pipe.set_adapters`, `disable_lora`, `fuse_lora` and the like then work on it as on a LoRA."
         "\n\nOr, with templates such as `a watercolor painting of the {}` in `prompts.txt`, one per line:\n\n"
-        + _fenced("sh", " \\\n  ".join(command))
+        + fenced("sh", " \\\n  ".join(command))
     )
 
 
@@ -307,10 +308,6 @@ def _base(config: Mapping[str, Any]) -> str:
     return str(config.get("pretrained_model_name_or_path") or "its base")
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII) is not None
-
-
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e3:.1f} KB" if size_bytes < 1e6 else f"{size_bytes / 1e6:.1f} MB"
 
@@ -324,25 +321,6 @@ def _listed(items: Sequence[str]) -> str:
     return " and ".join([*([", ".join(items[:-1])] if items[:-1] else []), *items[-1:]])
 
 
-def _escaped(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line; also fit for a cell of a table."""
-    line = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", line).replace("://", "&#58;//")
-
-
-def _code(text: str) -> str:
-    """An inline code span, whatever backticks `text` has."""
-    line = " ".join(text.split())
-    longest = max(map(len, re.findall("`+", line)), default=0)
-    space = " " if line.startswith("`") or line.endswith("`") else ""
-    return "`" * (longest + 1) + space + line + space + "`" * (longest + 1)
-
-
-def _cell(markdown: str) -> str:
-    """Bars that are not escaped yet would end the cell."""
-    return re.sub(r"(?<!\\)\|", r"\\|", markdown)
-
-
 def _literal(text: str) -> str:
     """A Python string on one line."""
     return json.dumps(text, ensure_ascii=False)
@@ -350,17 +328,3 @@ def _literal(text: str) -> str:
 
 def _quoted(text: str) -> str:
     return shlex.quote(" ".join(text.split()))
-
-
-def _fenced(language: str, code: str) -> str:
-    longest = max(map(len, re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{code}\n{fence}"
-
-
-def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False, centred: bool = False
-) -> str:
-    """`numbers`: all columns but the first are flush right."""
-    rule = [":-:" if centred else "--:" if numbers and place else "---" for place in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])

@@ -25,7 +25,7 @@ _OVERHANG_PX = 1  # letters reach this far beyond the length that the font repor
 _SPELT_OUT = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "ß": "ss"})
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
@@ -81,7 +81,7 @@ def labelled_blocks(
 ) -> Image.Image:
     """Sections one above the other, `columns` pictures to a line; cells have one size throughout.
 
-    `title`, `cell_px` and None for a picture are as in `picture_grid`; captions stand below their pictures, wrapped.
+    `title`, `cell_px` and None for a picture are as in `image_grid`; captions stand below their pictures, wrapped.
 
     Raises:
         ValueError: no pictures in any block, no columns, or more or fewer captions than pictures in a block.

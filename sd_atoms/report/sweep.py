@@ -1,7 +1,6 @@
 """A sweep as a Markdown table and as curves."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
+
+from sd_atoms.report.markdown import escaped, table
 
 SCORE_FORMULA = "2 · image · text / (image + text)"
 CURVES = {
@@ -97,23 +98,21 @@ def sweep_markdown(entries: Sequence[Entry], grid: Mapping[str, Sequence[Any]]) 
     shown = [key for key in COLUMNS if key in filled]
     failed = [entry for entry in entries if entry.failure is not None]
     best = max((entry.score for entry in entries if entry.score is not None), default=None)
-    header = [*map(_cell, grid), *(COLUMNS[key][0] for key in shown), *(["why it failed"] if failed else [])]
+    header = [*map(escaped, grid), *(COLUMNS[key][0] for key in shown), *(["why it failed"] if failed else [])]
     numeric = [_is_numeric(values) for values in grid.values()] + [True] * len(shown) + [False] * bool(failed)
     rows = []
     for entry in entries:
-        row = [_cell(show(value)) for value in entry.values.values()]
+        row = [escaped(show(value)) for value in entry.values.values()]
         for key in shown:
             value = getattr(entry, key)
             text = "" if value is None else f"{value:{COLUMNS[key][1]}}"
             row.append(f"**{text}**" if key == "score" and value is not None and value == best else text)
-        rows.append(row + ([_cell(entry.failure or "")] if failed else []))
+        rows.append(row + ([escaped(entry.failure or "")] if failed else []))
     points = math.prod(map(len, grid.values()))
     count = f"{len(entries)} of {points} points" + (f", {len(failed)} of them failed." if failed else ".")
-    lines = [f"# Sweep of {_cell(', '.join(grid))}", "", count, ""]
+    lines = [f"# Sweep of {escaped(', '.join(grid))}", "", count, ""]
     meanings = [f"- {text}" for key, text in MEANINGS.items() if key in shown]
-    rule = ["--:" if number else "---" for number in numeric]
-    table = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
-    return "\n".join([*lines, *meanings, *([""] if meanings else []), *table]) + "\n"
+    return "\n".join([*lines, *meanings, *([""] if meanings else []), table(header, rows, right=numeric)]) + "\n"
 
 
 def sweep_figure(entries: Sequence[Entry], grid: Mapping[str, Sequence[Any]]) -> Figure | None:
@@ -192,11 +191,6 @@ def _rank(value: Any) -> tuple:
     if value is None:
         return (0, 0, "")
     return (1, value, "") if isinstance(value, (int, float)) else (2, 0, str(value))
-
-
-def _cell(text: str) -> str:
-    """Text of one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]|~#<>$])", r"\\\1", " ".join(text.split()))
 
 
 def _plain(text: str) -> str:

@@ -6,79 +6,94 @@ from typing import NamedTuple
 
 import torch
 
-from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.denoiser import Denoiser, adapters_off
-from sd_atoms.training.draws import Draw, draw
 from sd_atoms.training.examples import Example
-from sd_atoms.training.objective import losses, offset, snr_weights, target
+from sd_atoms.training.noise import sample_noise
+from sd_atoms.training.objective import losses, offset, prediction_target, snr_weights
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The prompts of a run as the network takes them.
+    """The prompts of a run as the network takes them, either of two.
 
-    inputs: token ids (P, 77), or states (P, 77, d) where the text encoder does not move. empty: index of the empty
-    prompt. base_states: states (P, 77, d) by the untouched text encoder, for the teacher; None without one.
+    token_ids: (P, 77), where the text encoder moves. states: (P, 77, d), where it does not. base_states: states
+    (P, 77, d) by the untouched text encoder, for the teacher; None without one.
     """
 
-    inputs: torch.Tensor
-    empty: int
+    token_ids: torch.Tensor | None = None
+    states: torch.Tensor | None = None
     base_states: torch.Tensor | None = None
+
+    def of(self, prompts: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """What `Denoiser` takes for those prompts."""
+        name, values = ("states", self.states) if self.token_ids is None else ("token_ids", self.token_ids)
+        return {name: values[prompts].to(device)}
 
 
 class Sample(NamedTuple):
     """What the network sees and should say."""
 
     noisy: torch.Tensor  # (c, h, w)
-    wanted: torch.Tensor | None  # (c, h, w); None: the teacher says it
+    target: torch.Tensor | None  # (c, h, w); None: the teacher says it
     timestep: int
     prompt: int
     weight: float
 
 
-def samples(
+def make_samples(
     numbers: Iterable[int],
-    config: TrainConfig,
     examples: Sequence[Example],
     schedule,
-    empty: int,
+    objective: ObjectiveSettings,
+    seed: int,
     *,
+    empty: int,
+    caption_dropout: float = 0.0,
     purpose: str = "sample",
     weight: float = 1.0,
-    taught: bool = False,
+    from_teacher: bool = False,
 ) -> list[Sample]:
-    """The samples of those numbers; `purpose` as in `draw`, `taught`: what is wanted comes from the teacher."""
+    """The samples of those numbers.
+
+    Args:
+        numbers: of the samples, see `noise`.
+        examples: what they are samples of.
+        schedule: the noise schedule.
+        objective: what the network should say.
+        seed: of the run.
+        empty: the empty prompt, which a share `caption_dropout` of the samples gets.
+        purpose: as in `sample_noise`.
+        weight: of each in the loss.
+        from_teacher: the target comes from the teacher, and every prompt stays.
+    """
     counts = [len(example.prompts) for example in examples]
     shapes = [tuple(example.latents.mean.shape) for example in examples]
     steps = schedule.config.num_train_timesteps
-    return [
-        _sample(
-            draw(config.seed, n, counts, shapes, steps, purpose), config, examples, schedule, empty, weight, taught
-        )
-        for n in numbers
-    ]
+    made = []
+    for number in numbers:
+        drawn = sample_noise(seed, number, counts, shapes, steps, purpose)
+        example = examples[drawn.image]
+        mirrored = example.mirrored is not None and drawn.mirrored < 0.5
+        clean = (example.mirrored if mirrored else example.latents).sample(drawn.latent_noise).unsqueeze(0)
+        noise = offset(drawn.noise, drawn.whole_noise, objective.noise_offset).unsqueeze(0)
+        timestep = torch.tensor([drawn.timestep])
+        target = None if from_teacher else prediction_target(schedule, clean, noise, timestep)[0]
+        own_weight = weight
+        if objective.snr_gamma is not None:
+            own_weight *= snr_weights(schedule, timestep, objective.snr_gamma).item()
+        dropped = drawn.dropped < caption_dropout and not from_teacher
+        prompt = empty if dropped else example.prompts[drawn.prompt]
+        made.append(Sample(schedule.add_noise(clean, noise, timestep)[0], target, drawn.timestep, prompt, own_weight))
+    return made
 
 
-def _sample(drawn: Draw, config: TrainConfig, examples, schedule, empty, weight, taught) -> Sample:
-    example = examples[drawn.image]
-    mirrored = example.mirrored is not None and drawn.mirrored < 0.5
-    clean = (example.mirrored if mirrored else example.latents).sample(drawn.latent_noise)
-    noise = offset(drawn.noise, drawn.whole_noise, config.noise_offset)
-    timestep = torch.tensor([drawn.timestep])
-    noisy = schedule.add_noise(clean.unsqueeze(0), noise.unsqueeze(0), timestep)[0]
-    wanted = None if taught else target(schedule, clean.unsqueeze(0), noise.unsqueeze(0), timestep)[0]
-    if config.snr_gamma is not None:
-        weight = weight * snr_weights(schedule, timestep, config.snr_gamma).item()
-    prompt = empty if drawn.dropped < config.caption_dropout and not taught else example.prompts[drawn.prompt]
-    return Sample(noisy, wanted, drawn.timestep, prompt, weight)
-
-
-def loss_of(
+def sample_losses(
     batch: Sequence[Sample],
     denoiser: Callable,
     plain: Denoiser,
     texts: Texts,
-    config: TrainConfig,
+    objective: ObjectiveSettings,
     device: torch.device,
 ) -> torch.Tensor:
     """Weighted loss of every sample, (B,), float32; samples of one shape go through the network together.
@@ -88,27 +103,26 @@ def loss_of(
         denoiser: the network as training wraps it.
         plain: the same, unwrapped: the teacher is the base inside it.
         texts: the prompts.
-        config: loss type and precision.
+        objective: type of the loss.
         device: where it is computed.
     """
     found = []
     for group in _of_one_shape(batch):
-        dtype = plain.unet.dtype
-        noisy = torch.stack([sample.noisy for sample in group]).to(device, dtype)
+        noisy = torch.stack([sample.noisy for sample in group]).to(device, plain.unet.dtype)
         timesteps = torch.tensor([sample.timestep for sample in group], device=device)
         prompts = [sample.prompt for sample in group]
-        prediction = denoiser(noisy, timesteps, texts.inputs[prompts].to(device))
-        taught = [place for place, sample in enumerate(group) if sample.wanted is None]
-        wanted = torch.empty_like(prediction, dtype=torch.float32)
-        told = [place for place, sample in enumerate(group) if sample.wanted is not None]
-        if told:
-            wanted[told] = torch.stack([group[place].wanted for place in told]).to(device)
-        if taught:
+        prediction = denoiser(noisy, timesteps, **texts.of(prompts, device))
+        target = torch.empty_like(prediction, dtype=torch.float32)
+        known = [place for place, sample in enumerate(group) if sample.target is not None]
+        from_teacher = [place for place, sample in enumerate(group) if sample.target is None]
+        if known:
+            target[known] = torch.stack([group[place].target for place in known]).to(device)
+        if from_teacher:
             with torch.no_grad(), adapters_off(plain.unet):
-                states = texts.base_states[[prompts[place] for place in taught]].to(device)
-                wanted[taught] = plain(noisy[taught], timesteps[taught], states).float()
+                states = texts.base_states[[prompts[place] for place in from_teacher]].to(device)
+                target[from_teacher] = plain(noisy[from_teacher], timesteps[from_teacher], states=states).float()
         weights = torch.tensor([sample.weight for sample in group], device=device)
-        found.append(weights * losses(prediction, wanted, config.loss_type, config.huber_c))
+        found.append(weights * losses(prediction, target, objective.loss_type, objective.huber_c))
     return torch.cat(found)
 
 

@@ -4,23 +4,30 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from sd_atoms.tuner import AtomsLayer
-
 
 class Denoiser(nn.Module):
-    """UNet and text encoder: (noisy latents, timesteps, token ids or text states) -> prediction."""
+    """UNet and text encoder: (noisy latents, timesteps, text) -> prediction."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """(B, c, h, w), (B,), token ids (B, 77) or states (B, 77, d) -> (B, c, h, w)."""
-        states = text if text.is_floating_point() else self.text_encoder(text)[0]  # (B, 77, d)
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        *,
+        token_ids: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, c, h, w), (B,), and either token ids (B, 77) or text states (B, 77, d) -> (B, c, h, w)."""
+        if states is None:
+            states = self.text_encoder(token_ids)[0]  # (B, 77, d)
         return self.unet(noisy, timesteps, states).sample
 
 
@@ -64,7 +71,7 @@ class TrainedRows(nn.Module):
 @contextlib.contextmanager
 def adapters_off(unet: nn.Module) -> Iterator[None]:
     """The base alone for a while; unlike PEFT's own switch it leaves alone what requires gradients."""
-    layers = [module for module in unet.modules() if isinstance(module, AtomsLayer)]
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

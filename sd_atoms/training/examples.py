@@ -15,13 +15,14 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
+from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import fit, flip, to_tensor
-from sd_atoms.data.pictures import Picture
+from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
 
 
 class Latents(NamedTuple):
-    """Posterior of one picture under the VAE: mean and std, (c, h, w) float32 on the CPU."""
+    """Posterior of one image under the VAE: mean and std, (c, h, w) float32 on the CPU."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -32,7 +33,7 @@ class Latents(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A picture to learn from: its latents, mirrored too where that is asked for, and which prompts go with it."""
+    """An image to learn from: its latents, mirrored too where that is asked for, and which prompts go with it."""
 
     latents: Latents
     mirrored: Latents | None
@@ -41,39 +42,35 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Cropping:
-    """How pictures become training pictures."""
+    """How images become training images: by the settings of the data, at a resolution whose sides are multiples of
+    `unit_px`."""
 
-    resolution: int  # px
-    unit: int  # px that sides are multiples of
-    buckets: bool
-    center: bool
-    interpolation: str
-    flip: bool
+    data: DataSettings
+    resolution_px: int
+    unit_px: int
     seed: int
 
 
-def crop(picture: Picture, how: Cropping) -> Image.Image:
-    """A picture in its training size; the place of the crop depends on nothing but the picture's name and the seed."""
-    place = random.Random(f"{how.seed}/{Path(picture.name).name}")
-    image = picture.read()
-    size = how.resolution
-    if how.buckets:
-        size = nearest(image.size, bucket_sizes(how.resolution, how.unit))
-    return fit(image, size, center_crop=how.center, resample=how.interpolation, rng=place)
+def crop(record: ImageRecord, how: Cropping) -> Image.Image:
+    """An image in its training size; the place of the crop depends on nothing but the image's name and the seed."""
+    place = random.Random(f"{how.seed}/{Path(record.name).name}")
+    image = record.read()
+    size = how.resolution_px
+    if how.data.aspect_ratio_buckets:
+        size = nearest(image.size, bucket_sizes(how.resolution_px, how.unit_px))
+    return fit(image, size, center_crop=how.data.center_crop, resample=how.data.image_interpolation_mode, rng=place)
 
 
-def encode_pictures(
-    vae, pictures: Sequence[Picture], how: Cropping, cache: Path | None
-) -> list[tuple[Latents, Latents | None]]:
-    """Reads, crops and encodes every picture once, and its mirror image with `how.flip`.
+def encode_images(vae, records: Sequence[ImageRecord], how: Cropping) -> list[tuple[Latents, Latents | None]]:
+    """Reads, crops and encodes every image once, and its mirror image with `random_flip`.
 
     One at a time and in float32: the VAE of Stable Diffusion overflows in fp16, and a batch would change last bits.
     """
-    encode = _encoder(vae, cache)
+    encode = _encoder(vae, Path(how.data.cache_dir) if how.data.cache_dir else None)
     found = []
-    for picture in tqdm(pictures, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
-        image = crop(picture, how)
-        found.append((encode(image), encode(flip(image)) if how.flip else None))
+    for record in tqdm(records, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
+        image = crop(record, how)
+        found.append((encode(image), encode(flip(image)) if how.data.random_flip else None))
     return found
 
 

@@ -3,14 +3,15 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class Interrupted(Exception):
     """The run stopped early on request; its checkpoint is on disk."""
 
-    def __init__(self, step: int, checkpoint, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step}, saved {checkpoint}")
-        self.step, self.checkpoint, self.signal_number = step, checkpoint, signal_number
+    def __init__(self, step: int, run: Path, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step} of {run}")
+        self.step, self.run, self.signal_number = step, run, signal_number
 
 
 class StopRequest:

@@ -30,7 +30,7 @@ def noising(base_scheduler, prediction_type: str | None, zero_snr: bool = False)
     return DDPMScheduler.from_config(own, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
 
 
-def target(
+def prediction_target(
     schedule: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """What the network should predict, (B, c, h, w): ε, or v = √ᾱ·ε − √(1−ᾱ)·x₀ (Salimans and Ho 2022)."""
@@ -40,17 +40,17 @@ def target(
 
 
 def losses(
-    prediction: torch.Tensor, wanted: torch.Tensor, kind: str = "l2", c: float | torch.Tensor = 0.1
+    prediction: torch.Tensor, target: torch.Tensor, kind: str = "l2", c: float | torch.Tensor = 0.1
 ) -> torch.Tensor:
     """Mean distance of each picture, (B, c, h, w) -> (B,), in float32.
 
     Args:
-        prediction, wanted: of one shape.
+        prediction, target: of one shape.
         kind: "l2", d²; "huber", 2c·(√(d² + c²) − c), d² near zero and 2c·|d| far from it; "smooth_l1", the same
             divided by c, so that it is 2·|d| far from zero.
         c: where squares turn into lines.
     """
-    difference = prediction.float() - wanted.float()
+    difference = prediction.float() - target.float()
     if kind == "l2":
         return difference.square().flatten(1).mean(1)
     # √(d² + c²) − c in a form that does not cancel near zero

@@ -1,7 +1,6 @@
-"""Which numbers are trained at which rate, by which optimiser, and their running mean."""
+"""Which parameters are trained at which rate, by which optimiser, and their running mean."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -9,7 +8,8 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.training.config import TrainConfig
+from sd_atoms.settings import replaced
+from sd_atoms.training.config import OptimiserSettings, TrainConfig
 
 # Found by `sd-atoms sweep` on the pocket base (docs/sweep.md); the text encoder's are as usual elsewhere, since none
 # stood out there. Prodigy finds its own rate and wants 1.
@@ -27,22 +27,17 @@ RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "tex
 
 def with_rates(config: TrainConfig) -> TrainConfig:
     """The same settings with every learning rate that was left open filled in."""
-    mode = "overcomplete atoms" if config.m1 else "shared atoms" if config.m else "block atoms"
-    usual = dict(
-        zip(
-            RATE_NAMES,
-            (DEFAULT_RATES[key] for key in (mode, "β", "token", f"text {config.text_adapter}")),
-            strict=True,
-        )
-    )
-    if config.optimizer == "prodigy":
+    mode = "overcomplete atoms" if config.method.m1 else "shared atoms" if config.method.m else "block atoms"
+    keys = (mode, "β", "token", f"text {config.text.text_adapter}")
+    usual = dict(zip(RATE_NAMES, (DEFAULT_RATES[key] for key in keys), strict=True))
+    if config.optimiser.optimizer == "prodigy":
         usual = dict.fromkeys(RATE_NAMES, 1.0)
-    left_open = {name: rate for name, rate in usual.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **left_open)
+    left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}
+    return replaced(config, **left_open)
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> list[dict]:
-    """The trained numbers by learning rate: atoms, β, embedding rows, the text encoder's adapter."""
+def parameter_groups(parameters: Mapping[str, nn.Parameter], config: OptimiserSettings) -> list[dict]:
+    """The trained parameters by learning rate: atoms, β, embedding rows, the text encoder's adapter."""
     groups = {rate: [] for rate in RATE_NAMES}
     for name, parameter in parameters.items():
         if ".trained." in name:
@@ -56,7 +51,7 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], config: TrainConfig
     return [{"params": members, "lr": getattr(config, rate)} for rate, members in groups.items() if members]
 
 
-def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict], config: OptimiserSettings) -> torch.optim.Optimizer:
     """The optimiser of the run.
 
     Raises:
@@ -85,7 +80,7 @@ def make_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.Optim
     return Prodigy(groups, **settings, decouple=True, safeguard_warmup=True)
 
 
-def rate_schedule(config: TrainConfig, steps: int) -> Callable[[float], float]:
+def rate_schedule(config: OptimiserSettings, steps: int) -> Callable[[float], float]:
     """Optimiser step -> factor of the learning rates, whatever the processes and the accumulation."""
     nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     return get_scheduler(
@@ -112,18 +107,18 @@ def update_mean(
 
 
 @contextlib.contextmanager
-def values_of(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swapped_in(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Other values in the parameters for a while; an empty mapping changes nothing."""
     before = {name: parameters[name].detach().clone() for name in values}
-    put(parameters, values)
+    load_values(parameters, values)
     try:
         yield
     finally:
-        put(parameters, before)
+        load_values(parameters, before)
 
 
 @torch.no_grad()
-def put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+def load_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
     """Writes values into the parameters of the same names."""
     for name, value in values.items():
         parameters[name].copy_(value)

@@ -1,21 +1,20 @@
 """A run folder: config.yaml, env.json, log.jsonl, logs/, checkpoints/, adapter/, images/, metrics.json, one file."""
 
-import dataclasses
 import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
-from sd_atoms.settings import read_yaml, shown, to_yaml
+from sd_atoms.settings import plain_values, read_settings, replaced, shown, to_yaml
 from sd_atoms.training.checkpoint import find_checkpoint, read_header
 from sd_atoms.training.config import TrainConfig
 
@@ -38,19 +37,19 @@ def check_output(config: TrainConfig) -> None:
         UserError: the folder holds something and neither overwriting nor resuming was asked for; or the run to resume
             had other settings, or its checkpoint is missing or broken.
     """
-    folder = Path(config.output_dir)
+    folder = Path(config.output.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file")
     holds_run = (folder / CONFIG).exists()
-    if config.resume_from_checkpoint:
+    if config.output.resume_from_checkpoint:
         if not holds_run:
             raise UserError(f"output_dir: {folder} holds no run to resume")
         _check_same_settings(config, folder / CONFIG)
-        read_header(find_checkpoint(config.resume_from_checkpoint, folder / CHECKPOINTS))
+        read_header(find_checkpoint(config.output.resume_from_checkpoint, folder / CHECKPOINTS))
     elif folder.exists() and set(folder.iterdir()) - set(leftovers(folder)):
         if not holds_run:
             raise UserError(f"output_dir: {folder} holds files that are not a run; choose an empty or new folder")
-        if not config.overwrite:
+        if not config.output.overwrite:
             raise UserError(
                 f"output_dir: {folder} holds another run; pass --overwrite to replace it, "
                 "--resume_from_checkpoint latest to go on with it, or another --output_dir"
@@ -62,15 +61,15 @@ def open_run(config: TrainConfig, processes: int) -> None:
 
     The folder counts as a run at every moment, so that --overwrite works on what a killed process left.
     """
-    folder = Path(config.output_dir)
+    folder = Path(config.output.output_dir)
     for path in leftovers(folder):
         path.unlink(missing_ok=True)
-    if not config.resume_from_checkpoint:
+    if not config.output.resume_from_checkpoint:
         for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE):
             shutil.rmtree(folder / entry, ignore_errors=True)
         for path in [folder / entry for entry in (LOG, METRICS, ENVIRONMENT)] + [*folder.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
-    saved = dataclasses.replace(config, overwrite=False, resume_from_checkpoint=None)
+    saved = replaced(config, overwrite=False, resume_from_checkpoint=None)
     write_text(folder / CONFIG, to_yaml(saved))
     write_json(folder / ENVIRONMENT, environment(processes))
 
@@ -111,12 +110,24 @@ def cut_log(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
-def _check_same_settings(config: TrainConfig, path: Path) -> None:
-    before, now = read_yaml(path), yaml.safe_load(to_yaml(config))
-    changed = [
-        f"{key} was {shown(before.get(key))}, now {shown(value)}"
-        for key, value in now.items()
-        if key not in FREE_ON_RESUME and before.get(key) != value and not (key == "resolution" and value is None)
+def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()) -> list[str]:
+    """How settings differ from those in a run's config.yaml, besides those that are `free`.
+
+    A resolution that is left open is the base's own.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    before, now = read_settings(TrainConfig, path), plain_values(config)
+    left_open = {*free} | ({"resolution"} if now["resolution"] is None else set())
+    return [
+        f"{key} was {shown(before.get(key))}, now {shown(now.get(key))}"
+        for key in {**now, **before}
+        if key not in left_open and before.get(key) != now.get(key)
     ]
+
+
+def _check_same_settings(config: TrainConfig, path: Path) -> None:
+    changed = changed_settings(config, path, FREE_ON_RESUME)
     if changed:
         raise UserError(f"resume_from_checkpoint: the run had other settings: {'; '.join(changed)}")

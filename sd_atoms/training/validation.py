@@ -1,30 +1,32 @@
-"""A loss that can be compared between steps: the same pictures, noise and timesteps every time."""
+"""A loss that can be compared between steps: the same images, noise and timesteps every time."""
 
 from collections.abc import Sequence
 
 import torch
 
-from sd_atoms.training.batch import Sample, Texts, loss_of
-from sd_atoms.training.config import TrainConfig
-from sd_atoms.training.draws import generator
+from sd_atoms.training.batch import Sample, Texts, sample_losses
+from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.examples import Example
-from sd_atoms.training.objective import target
+from sd_atoms.training.noise import generator
+from sd_atoms.training.objective import prediction_target
 
 TIMESTEPS = 8  # evenly over the noise schedule: a loss is mostly noise of its timestep
 
 
 @torch.no_grad()
-def validation_loss(plain, examples: Sequence[Example], texts: Texts, config: TrainConfig, schedule, accelerator):
+def validation_loss(
+    plain, examples: Sequence[Example], texts: Texts, objective: ObjectiveSettings, seed: int, schedule, accelerator
+) -> float:
     """Mean loss over every example at `TIMESTEPS` timesteps, each with noise of its own, by its first prompt.
 
-    Nothing of the training moves: no draw is taken from it, and min-SNR weights and dropped captions are left out.
+    Nothing of the training moves: no noise is taken from it, and min-SNR weights and dropped captions are left out.
     The processes share the work; all must call it, and all get the same number.
     """
-    fixed = _samples(examples, config.seed, schedule)
+    fixed = _samples(examples, seed, schedule)
     found = torch.zeros(len(fixed), device=accelerator.device)
     plain.unet.eval()  # the text encoder trains in eval mode as it is
     for place in range(accelerator.process_index, len(fixed), accelerator.num_processes):
-        found[place] = loss_of([fixed[place]], plain, plain, texts, config, accelerator.device)[0]
+        found[place] = sample_losses([fixed[place]], plain, plain, texts, objective, accelerator.device)[0]
     plain.unet.train()
     # every place was filled by one process, so the sum over them is exact
     return accelerator.reduce(found, "sum").mean().item()
@@ -38,6 +40,6 @@ def _samples(examples: Sequence[Example], seed: int, schedule) -> list[Sample]:
             timestep = torch.tensor([int((part + 0.5) / TIMESTEPS * steps)])
             noise = torch.randn(clean.shape, generator=generator(seed, "validation", number * TIMESTEPS + part))
             noisy = schedule.add_noise(clean, noise, timestep)[0]
-            wanted = target(schedule, clean, noise, timestep)[0]
-            made.append(Sample(noisy, wanted, timestep.item(), example.prompts[0], 1.0))
+            target = prediction_target(schedule, clean, noise, timestep)[0]
+            made.append(Sample(noisy, target, timestep.item(), example.prompts[0], 1.0))
     return made

@@ -24,8 +24,8 @@ from sd_atoms.atoms import (
     sparse_coefficients,
     svd_atoms,
 )
+from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
-from sd_atoms.tuner.kept import Kept, holds, is_small, keep
 from sd_atoms.tuner.plan import LayerPlan, in_channels
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
@@ -52,7 +52,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         "l1",
         "scaling",
         "form",
-        "moved",
+        "delta_is_zero",
     )
 
     def __init__(
@@ -73,8 +73,8 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         self.l1: dict[str, float | None] = {}  # of the sparse solver; None for orthonormal atoms
         self.scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
-        self.moved: dict[str, bool] = {}  # False while the change is known to be zero
-        self._kept: Kept | None = None
+        self.delta_is_zero: dict[str, bool] = {}  # True while the change is known to be zero
+        self._cached: CachedWeight | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
@@ -92,7 +92,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
             plan: what they mean for this layer.
             seed: what this layer draws from, if it draws.
         """
-        self._kept = None
+        self._cached = None
         if adapter_name in self.plan:
             self._forget(adapter_name)
         weight = self.base_weight
@@ -121,7 +121,7 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
                     nn.init.normal_(change[adapter_name], std=RANDOM_START)
         self.scaling[adapter_name] = plan.scale
         self.form[adapter_name] = config.form
-        self.moved[adapter_name] = not config.init_weights
+        self.delta_is_zero[adapter_name] = config.init_weights
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -281,15 +281,15 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = self.plan[name].scale if scale is None else self.scaling[name] / scale
 
-    def _any_moved(self, adapters: list[str]) -> bool:
-        """Whether any change differs from zero. Looked up on the device only until it is first seen to be so."""
+    def _all_zero(self, adapters: list[str]) -> bool:
+        """Whether all changes are zero. Looked up on the device only until one is first seen not to be."""
         if torch.compiler.is_compiling():
-            return True  # a look-up would break the graph
+            return False  # a look-up would break the graph
         for name in adapters:
-            if not self.moved[name]:
+            if self.delta_is_zero[name]:
                 changes = (self.atoms_delta, self.atoms_block_delta)
-                self.moved[name] = any(bool(change[name].detach().any()) for change in changes if name in change)
-        return any(self.moved[name] for name in adapters)
+                self.delta_is_zero[name] = not any(bool(c[name].detach().any()) for c in changes if name in c)
+        return all(self.delta_is_zero[name] for name in adapters)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype; atoms stay float32 at least, whatever the base is
@@ -304,28 +304,28 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         layer = self.get_base_layer()
         weight, bias = layer.weight, layer.bias
         # first, since small layers are as quick as a few look-ups
-        if self._kept is not None and not torch.is_grad_enabled() and holds(self._kept, self, weight):
-            return self._plain(x, self._kept.effective, bias)
+        if self._cached is not None and not torch.is_grad_enabled() and is_valid(self._cached, self, weight):
+            return self._plain(x, self._cached.effective, bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.plan]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        moved = self._any_moved(active)
-        if not moved and not torch.is_grad_enabled():
+        delta_is_zero = self._all_zero(active)
+        if delta_is_zero and not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        if not torch.is_grad_enabled() and is_small(weight) and self.form[active[0]] == "auto":
-            self._kept = keep(self, active, weight)
-            return self._plain(x, self._kept.effective, bias)
+        if not torch.is_grad_enabled() and is_cached(weight) and self.form[active[0]] == "auto":
+            self._cached = cache_weight(self, active, weight)
+            return self._plain(x, self._cached.effective, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], not moved)
+        return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], delta_is_zero)
 
     def _plain(self, x, weight, bias) -> torch.Tensor:
         raise NotImplementedError
 
-    def _adapted(self, x, weight, bias, terms, form, unmoved) -> torch.Tensor:
+    def _adapted(self, x, weight, bias, terms, form, delta_is_zero) -> torch.Tensor:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -338,8 +338,8 @@ class AtomsLinear(AtomsLayer):
     def _plain(self, x, weight, bias):
         return F.linear(x, weight, bias)
 
-    def _adapted(self, x, weight, bias, terms, form, unmoved):
-        return atoms_layer(x, weight, terms, bias, None, form, unmoved)
+    def _adapted(self, x, weight, bias, terms, form, delta_is_zero):
+        return atoms_layer(x, weight, terms, bias, None, form, delta_is_zero)
 
 
 class AtomsConv(AtomsLayer):
@@ -351,12 +351,12 @@ class AtomsConv(AtomsLayer):
     def _plain(self, x, weight, bias):
         return self.get_base_layer()._conv_forward(x, weight, bias)
 
-    def _adapted(self, x, weight, bias, terms, form, unmoved):
+    def _adapted(self, x, weight, bias, terms, form, delta_is_zero):
         conv = self.get_base_layer()
         single = x.dim() == weight.dim() - 1
         x, padding = _pad(x.unsqueeze(0) if single else x, conv)
         geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
-        y = atoms_layer(x, weight, terms, bias, geometry, form, unmoved)
+        y = atoms_layer(x, weight, terms, bias, geometry, form, delta_is_zero)
         return y.squeeze(0) if single else y
 
 

@@ -35,8 +35,8 @@ class LayerPlan(NamedTuple):
             shapes["atoms_block_delta"] = shapes["atoms_block_initial"] = (self.block_atoms, math.prod(self.block) * k)
         return shapes
 
-    def trained_numbers(self, layer: nn.Module, train_beta: bool = True) -> int:
-        """How many numbers the plan trains in a layer: m·K, or m·m1·(i + K), and m_c·kc⁴·K for blocks."""
+    def trainable_params(self, layer: nn.Module, train_beta: bool = True) -> int:
+        """How many parameters the plan trains in a layer: m·K, or m·m1·(i + K), and m_c·kc⁴·K for blocks."""
         shapes = self.shapes(layer, train_beta)
         return sum(math.prod(shape) for part, shape in shapes.items() if not part.endswith("_initial"))
 

@@ -45,7 +45,7 @@ def swap_adapter(model: nn.Module, adapter: str, config: AtomsConfig, state: Map
             scale = layer_plan(config, name, layer.get_base_layer()).scale
             layer.scaling[adapter] *= scale / layer.plan[adapter].scale
             layer.plan[adapter] = layer.plan[adapter]._replace(scale=scale)
-        layer.moved[adapter] = True
+        layer.delta_is_zero[adapter] = False
 
 
 def check_swap(model: nn.Module, adapter: str, config: AtomsConfig, state: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
-from sd_atoms.pocket.pretrain.settings import STAGES, TRAINING_STAGES, TrainingSettings
+from sd_atoms.pocket.pretrain.stages import STAGES, TRAINING_STAGES, TrainingSettings
 
 
 def pretrain(

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from sd_atoms.files import write_json
 from sd_atoms.pocket.manifest import MANIFEST_NAME, file_entries
 from sd_atoms.pocket.pretrain import finished_path
-from sd_atoms.pocket.pretrain.settings import STAGES, AssembleSettings
+from sd_atoms.pocket.pretrain.stages import STAGES, AssembleSettings
 from sd_atoms.pocket.pretrain.unet import NOISE_SCHEDULE
 from sd_atoms.pocket.world import PICTURE_PX
 

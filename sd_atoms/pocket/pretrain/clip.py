@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sd_atoms.pocket.pretrain.images import Pictures
 from sd_atoms.pocket.pretrain.loop import TrainingRun, batch_per_process, mixed_precision
-from sd_atoms.pocket.pretrain.settings import ClipSettings
+from sd_atoms.pocket.pretrain.stages import ClipSettings
 from sd_atoms.pocket.world import LANDMARKS, PICTURE_PX, Scene, caption
 from sd_atoms.pocket.world.companions import COMPANIONS
 from sd_atoms.pocket.world.pen import COLOURS

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_text
-from sd_atoms.pocket.pretrain.settings import ImagesSettings
+from sd_atoms.pocket.pretrain.stages import ImagesSettings
 from sd_atoms.pocket.world import PICTURE_PX, Scene, caption, render, sample
 
 SHARD_PICTURES = 1000  # three seconds of rendering: little is lost by an interruption

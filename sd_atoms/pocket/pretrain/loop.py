@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tqdm import tqdm
 
 from sd_atoms.pocket.pretrain.checkpoint import load_checkpoint, save_checkpoint
-from sd_atoms.pocket.pretrain.settings import TrainingSettings
+from sd_atoms.pocket.pretrain.stages import TrainingSettings
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 from sd_atoms.files import write_text
-from sd_atoms.pocket.pretrain.settings import TokenizerSettings
+from sd_atoms.pocket.pretrain.stages import TokenizerSettings
 from sd_atoms.pocket.world import EVALUATION_PROMPTS, LANDMARKS, caption, sample
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from sd_atoms.pocket.pretrain.images import Pictures
 from sd_atoms.pocket.pretrain.latents import load_latents, prepare_latents
 from sd_atoms.pocket.pretrain.loop import TrainingRun, attend_plainly, batch_per_process, mixed_precision
-from sd_atoms.pocket.pretrain.settings import UnetSettings
+from sd_atoms.pocket.pretrain.stages import UnetSettings
 from sd_atoms.pocket.world import PICTURE_PX, caption
 
 NOISE_SCHEDULE = {  # Stable Diffusion's

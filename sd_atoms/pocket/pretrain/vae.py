@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from sd_atoms.pocket.pretrain.images import Pictures, to_unit_range
 from sd_atoms.pocket.pretrain.loop import TrainingRun, attend_plainly, batch_per_process, mixed_precision
-from sd_atoms.pocket.pretrain.settings import VaeSettings
+from sd_atoms.pocket.pretrain.stages import VaeSettings
 from sd_atoms.pocket.world import PICTURE_PX
 
 SCALE_PICTURES = 512  # training pictures that the latent scale is measured on

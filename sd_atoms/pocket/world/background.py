@@ -9,7 +9,7 @@ import random
 
 from sd_atoms.pocket.world.figures import cloud, leafy_tree, pine
 from sd_atoms.pocket.world.pen import PICTURE_PX, Pen, jitter, mix, shade
-from sd_atoms.pocket.world.settings import (
+from sd_atoms.pocket.world.surroundings import (
     CLEAR,
     DUSK,
     GRASS,

@@ -12,8 +12,8 @@ from sd_atoms.pocket.world.landmarks import LANDMARKS, Shape
 from sd_atoms.pocket.world.materials import draw_sparkles, to_crystal, to_steampunk
 from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, PICTURE_PX, SUPERSAMPLING, Pen, jitter, window
 from sd_atoms.pocket.world.scenes import Scene
-from sd_atoms.pocket.world.settings import GROUND_LINE_PX
 from sd_atoms.pocket.world.styles import STYLES
+from sd_atoms.pocket.world.surroundings import GROUND_LINE_PX
 from sd_atoms.pocket.world.top_view import draw_from_above
 
 NARROW_SETTINGS = ("cliff", "island", "lake")

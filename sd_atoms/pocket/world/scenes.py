@@ -7,8 +7,8 @@ from sd_atoms.pocket.world.companions import COMPANIONS
 from sd_atoms.pocket.world.landmarks import LANDMARKS
 from sd_atoms.pocket.world.materials import MATERIALS
 from sd_atoms.pocket.world.pen import STONE_COLOURS, VIVID_COLOURS, Colour
-from sd_atoms.pocket.world.settings import GROUND_LINE_PX
 from sd_atoms.pocket.world.styles import STYLES
+from sd_atoms.pocket.world.surroundings import GROUND_LINE_PX
 
 SETTINGS = tuple(GROUND_LINE_PX)
 SPECIALS = ("none", *STYLES, *MATERIALS, "top")

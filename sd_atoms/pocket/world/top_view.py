@@ -6,7 +6,7 @@ import random
 from sd_atoms.pocket.world.canal import CanalShape
 from sd_atoms.pocket.world.landmarks import Shape
 from sd_atoms.pocket.world.pen import PICTURE_PX, Colour, Pen, jitter, mix, shade
-from sd_atoms.pocket.world.settings import FLOOR_COLOURS, GRASS
+from sd_atoms.pocket.world.surroundings import FLOOR_COLOURS, GRASS
 
 SHADOW = (40, 40, 40, 90)
 TREE_RINGED = ("forest", "autumn", "mountains", "plain", "sheepfield")

@@ -1,0 +1,114 @@
+"""Draws pictures from prompt templates with an adapter."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd_atoms.data.prompts import fill, load_templates, parse_seeds
+from sd_atoms.errors import UserError
+from sd_atoms.files import replacing
+from sd_atoms.generation import Request, base_alone, generate_missing, making_notes, read_images
+from sd_atoms.machine import make_accelerator
+from sd_atoms.pipeline import DTYPES, load_atoms, open_base, read_artefact
+from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.sampling import SCHEDULERS
+from sd_atoms.pipeline.sizes import check_drawn_size
+from sd_atoms.report.grid import image_grid
+from sd_atoms.settings import setting
+
+MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sd-atoms generate`. What is left out comes from the adapter's own header."""
+
+    adapter: str = setting(None, MODEL, "adapter folder, one .safetensors file, or hub id", required=True)
+    adapter_scale: float = setting(1.0, MODEL, "strength of the adapter")
+    pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
+    revision: str | None = setting(None, MODEL, "git revision of the base")
+    variant: str | None = setting(None, MODEL, "file variant of the base such as fp16")
+    dtype: str = setting("fp32", MODEL, "of the weights", choices=tuple(DTYPES))
+
+    prompts: str = setting(
+        None, WHAT, "text file of templates, {} for the concept, one per line, or few_shot", required=True, file=True
+    )
+    token: str | None = setting(None, WHAT, "what {} becomes; none = the adapter's placeholder")
+    seeds: str = setting("0-3", WHAT, "such as 0-3,7: one picture per prompt and seed")
+    out: str = setting(None, WHAT, "folder for the pictures and grid.png", required=True)
+    compare_base: bool = setting(False, WHAT, "also draw every picture with the base alone")
+    base_token: str | None = setting(
+        None, WHAT, "what {} becomes for the base; none = the word the token started from"
+    )
+    overwrite: bool = setting(False, WHAT, "draw pictures again that are there already")
+
+    guidance_scale: float | None = setting(None, HOW, "classifier-free guidance; none = as in training", low=0.0)
+    num_inference_steps: int | None = setting(None, HOW, "denoising steps; none = as in training", low=1, high=1000)
+    scheduler: str | None = setting(None, HOW, "sampler; none = as in training", choices=SCHEDULERS)
+    resolution: int | None = setting(None, HOW, "side in pixels; none = as in training", low=32, high=4096)
+
+
+def run(config: Settings) -> Path:
+    """Draws what the folder lacks, then its grid; returns the folder.
+
+    Raises:
+        UserError: something in the settings is wrong, or the folder holds other pictures of the same names.
+    """
+    templates, seeds = load_templates(config.prompts), parse_seeds(config.seeds)
+    artefact = read_artefact(config.adapter)
+    header = parse_header(config.adapter, artefact.about)
+    base = find_base(config.pretrained_model_name_or_path, config.adapter, header)
+    token = config.token or next(iter(artefact.tokens), None)
+    if token is None:
+        raise UserError(f"token is required: {config.adapter} brings no word of its own")
+    base_token = config.base_token or header.tokens.get(token) or token
+    chosen = {
+        key: getattr(config, key) for key in ("guidance_scale", "num_inference_steps", "scheduler", "resolution")
+    }
+    sampling = dataclasses.replace(header.sampling, **{k: value for k, value in chosen.items() if value is not None})
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file")
+
+    accelerator = make_accelerator()
+    pipe = open_base(
+        base, revision=config.revision, variant=config.variant, dtype=DTYPES[config.dtype], device=accelerator.device
+    )
+    check_drawn_size(pipe, sampling.resolution)
+    load_atoms(pipe, artefact)
+    pipe.set_adapters(["default"], [config.adapter_scale])
+    requests = _requests(templates, token, seeds, "")
+    notes = making_notes(Path(config.adapter).name, base) | {
+        "adapter_digest": artefact.digest(),
+        "adapter_scale": str(config.adapter_scale),
+        "dtype": config.dtype,
+    }
+    generate_missing(pipe, accelerator, requests, sampling, out, notes, config.overwrite)
+    base_requests = _requests(templates, base_token, seeds, "base-") if config.compare_base else []
+    if config.compare_base:
+        notes = making_notes("none", base) | {"dtype": config.dtype}
+        with base_alone(pipe):
+            generate_missing(pipe, accelerator, base_requests, sampling, out, notes, config.overwrite)
+    if accelerator.is_main_process:
+        rows, labels = [], []
+        for index, template in enumerate(templates):
+            place = slice(index * len(seeds), (index + 1) * len(seeds))
+            if config.compare_base:
+                rows.append(read_images(out, base_requests[place]))
+                labels.append(f"base: {fill(template, base_token)}")
+            rows.append(read_images(out, requests[place]))
+            labels.append(fill(template, token))
+        with replacing(out / "grid.png") as temporary:
+            grid = image_grid(rows, labels, [f"seed {seed}" for seed in seeds])
+            grid.save(temporary, format="PNG")
+        print(f"{len(requests) + len(base_requests)} pictures and grid.png are in {out}")
+    accelerator.end_training()
+    return out
+
+
+def _requests(templates: list[str], concept: str, seeds: list[int], prefix: str) -> list[Request]:
+    return [
+        Request(fill(template, concept), seed, f"{prefix}prompt{index:02d}-seed{seed}")
+        for index, template in enumerate(templates)
+        for seed in seeds
+    ]

@@ -1,0 +1,86 @@
+"""Says what an adapter changes, layer by layer, or what a UNet has to adapt."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd_atoms.errors import UserError
+from sd_atoms.files import replacing, write_json
+from sd_atoms.pipeline.architectures import ARCHITECTURES
+from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
+from sd_atoms.report.atoms import Change, atoms_figure
+from sd_atoms.report.inspection import adapter_text, architecture_text
+from sd_atoms.settings import setting
+
+WHAT, RESULT = "what to look at", "result"
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sd-atoms inspect`."""
+
+    adapter: str | None = setting(None, WHAT, "a folder, one .safetensors file, or a hub id", positional=True)
+    arch: str | None = setting(
+        None,
+        WHAT,
+        "instead of an adapter: what could be adapted in this UNet, and how many numbers that would train",
+        choices=ARCHITECTURES,
+    )
+    pretrained_model_name_or_path: str | None = setting(
+        None, WHAT, "base of the adapter; none = the one it was trained on", aliases=["base"]
+    )
+    top: int | None = setting(None, RESULT, f"print so many layers that changed most; 0 = all, none = {SHOWN}", low=0)
+    plot: str | None = setting(None, RESULT, "also draw the atoms and the change of each layer into this PNG file")
+    json: str | None = setting(None, RESULT, "also write all numbers to this file")
+
+
+def run(settings: Settings) -> None:
+    """Prints tables, then writes the files asked for.
+
+    Raises:
+        UserError: the settings do not go together, the adapter or its base cannot be used, or a file cannot be
+            written.
+    """
+    if (settings.adapter is None) == (settings.arch is None):
+        raise UserError("inspect takes either an ADAPTER or --arch; see sd-atoms inspect --help")
+    if settings.arch:
+        of_adapters = ("pretrained_model_name_or_path", "top", "plot")
+        unused = [f"--{name}" for name in of_adapters if getattr(settings, name) is not None]
+        if unused:
+            raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for --arch")
+    if settings.plot and Path(settings.plot).suffix.lower() != ".png":
+        raise UserError(f"--plot {settings.plot}: the name of a .png file is needed")
+    if settings.arch:
+        result = inspect_architecture(settings.arch)
+        print(architecture_text(result))
+    else:
+        result = inspect_adapter(settings.adapter, settings.pretrained_model_name_or_path)
+        print(adapter_text(result, SHOWN if settings.top is None else settings.top))
+    if settings.json:
+        write_json(settings.json, result)
+    if settings.plot:
+        with replacing(settings.plot) as temporary:
+            draw_adapter(result).savefig(temporary, format="png")
+
+
+def draw_adapter(result: Mapping[str, Any]):
+    """The result of `inspect_adapter` as a matplotlib figure."""
+    changes = [
+        Change(
+            layer["layer"],
+            layer["block"],
+            layer["share"],
+            layer["relative_change"],
+            tuple(layer["kernel"]),
+            layer["atoms"],
+            layer["atoms_change"],
+        )
+        for layer in result["layers"]
+    ]
+    name, base = (
+        Path(source).name if Path(source).expanduser().exists() else source
+        for source in (result["adapter"], result["base"])
+    )
+    return atoms_figure(changes, f"{name} on {base}: |ΔF|/|F| = {result['relative_change']:.2%}")

@@ -1,0 +1,264 @@
+"""Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from sd_atoms.commands.share import write_share_folder
+from sd_atoms.data.concepts import Source, find_images, image_prompts
+from sd_atoms.data.config import Concept
+from sd_atoms.data.images import fit
+from sd_atoms.data.prompts import fill, load_templates
+from sd_atoms.data.records import image_record
+from sd_atoms.doctor import preflight
+from sd_atoms.evaluation.clip import ClipFeatures
+from sd_atoms.evaluation.concept import mean_scores, score_concept
+from sd_atoms.files import replacing, write_json
+from sd_atoms.generation import Request, base_alone, generate, generate_missing, making_notes, read_images, save_image
+from sd_atoms.machine import make_accelerator, on_main, precision_here
+from sd_atoms.pipeline import open_base, save_atoms
+from sd_atoms.pipeline.header import Header
+from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
+from sd_atoms.pipeline.sampling import Sampling
+from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
+from sd_atoms.pipeline.tokens import check_new_token
+from sd_atoms.report.grid import image_grid
+from sd_atoms.report.run import concept_grid, learning_curve, summary_text
+from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.training.class_images import class_image_paths
+from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
+from sd_atoms.training.dataset import class_prompts, make_dataset
+from sd_atoms.training.diffusion import Outcome, add_adapters, train_diffusion
+from sd_atoms.training.examples import Cropping
+from sd_atoms.training.objective import noising
+from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.run_folder import ADAPTER, CURVES, IMAGES, LOG, METRICS, check_output, open_run, read_log
+
+Settings = TrainConfig
+MOST_SCORED = 100  # training images that scores and the grid compare with
+
+
+def run(config: TrainConfig) -> Path:
+    """Trains, saves, draws and scores; returns the run folder.
+
+    Raises:
+        UserError: something in the settings or the data is wrong; found before anything is written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
+    """
+    # Everything that can be wrong, before anything is written
+    config = with_rates(replaced(config, mixed_precision=precision_here(config.precision.mixed_precision)))
+    folder, name = Path(config.output.output_dir), run_name(config)
+    base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
+    accelerator = make_accelerator(
+        mixed_precision=config.precision.mixed_precision,
+        gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
+        logging_dir=folder / CURVES if config.output.report_to == "tensorboard" else None,
+    )
+    on_main(accelerator, lambda: check_output(config))
+    repo_id = on_main(accelerator, lambda: hub_id(config.hub, folder)) if config.hub.push_to_hub else None
+    sources, notes = find_images(config.data, concepts)
+    templates = load_templates(config.images.prompts_file) if config.images.prompts_file else []
+    for source in sources:
+        image_prompts(source)
+        if config.prior.prior == "teacher":
+            class_prompts(config.prior, source.concept)
+    scorer = ClipFeatures(config.images.clip_model_name_or_path) if config.images.clip_model_name_or_path else None
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
+    set_seed(seed)
+    pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
+    config = replaced(config, resolution=training_resolution_px(pipe, config.data.resolution))
+    noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
+    for token in config.tokens:
+        check_new_token(pipe, token, config.tokens)
+    notes += on_main(accelerator, lambda: preflight(config, sources, pipe, accelerator.num_processes))
+    sampling = dataclasses.replace(config.images.sampling, resolution=config.data.resolution)
+    if config.prior.prior == "images":
+        sources = [with_class_images(config, pipe, accelerator, source, sampling) for source in sources]
+    add_adapters(pipe, config)
+    how = Cropping(config.data, config.data.resolution, training_unit_px(pipe), seed)
+    dataset = make_dataset(pipe.vae, sources, how, config.prior, config.validation.holdout_images)
+
+    # Train
+    def begin():
+        if accelerator.is_main_process:
+            open_run(config, accelerator.num_processes)
+            for note in [*launcher_notes(config), *notes]:
+                print(note)
+        accelerator.wait_for_everyone()
+        if config.output.report_to == "tensorboard":
+            accelerator.init_trackers("")
+
+    def show(step: int):
+        show_validation(config.validation.validation_prompt, config.validation.num_validation_images, pipe,
+                        accelerator, sampling, folder / IMAGES, step)  # fmt: skip
+
+    outcome = train_diffusion(config, pipe, accelerator, dataset, folder, begin, show)
+
+    # Save
+    about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
+    if accelerator.is_main_process:
+        save_atoms(pipe, folder / ADAPTER, tokens=config.tokens, about=about)
+        save_atoms(pipe, folder / f"{name}.safetensors", tokens=config.tokens, about=about)
+
+    # Draw
+    sets = [image_sets(config.images, config.output, concepts, concept, templates) for concept in concepts]
+    anew = config.output.resume_from_checkpoint is not None  # a run that went on draws otherwise than before
+    requests = [request for own in sets for kind in ("instance", "prompt") for request in own[kind]]
+    adapter_notes = making_notes(f"{name}.safetensors", base)
+    generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, adapter_notes, anew)
+    requests = [request for own in sets for kind in ("base-instance", "base-prompt") for request in own[kind]]
+    with base_alone(pipe):
+        generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, making_notes("none", base), anew)
+
+    # Report
+    if accelerator.is_main_process:
+        report(config, folder, sources, sets, scorer, outcome, repo_id)
+    accelerator.end_training()
+    return folder
+
+
+def report(
+    config: TrainConfig,
+    folder: Path,
+    sources: Sequence[Source],
+    sets: Sequence[dict[str, list[Request]]],
+    scorer: ClipFeatures | None,
+    outcome: Outcome,
+    repo_id: str | None,
+) -> None:
+    """Grids, scores, metrics.json and a summary, from the images in a run folder."""
+    scores, grids = {}, []
+    for source, own in zip(sources, sets, strict=True):
+        photos = [
+            fit(image.read(), config.data.resolution, center_crop=True, resample="lanczos", rng=None)
+            for image in source.images[:MOST_SCORED]
+        ]
+        images = {kind: read_images(folder / IMAGES, requests) for kind, requests in own.items()}
+        prompts = {kind: [request.prompt for request in requests] for kind, requests in own.items()}
+        before = prefix(config.output, config.all_concepts, source.concept)
+        grids.append(folder / IMAGES / f"{before}grid.png")
+        with replacing(grids[-1]) as temporary:
+            concept_grid(source.concept.placeholder_token, photos, images, prompts).save(temporary, format="PNG")
+        if scorer is not None:
+            name = concept_name(source.concept, folder)
+            scores[name] = score_concept(scorer, photos, images, prompts["base-prompt"])
+    metrics = {"training": outcome.entries() | learning_curve(read_log(folder / LOG))}
+    if scores:
+        metrics["clip"] = mean_scores(list(scores.values()))
+        if len(scores) > 1:
+            metrics["clip_by_concept"] = scores
+    write_json(folder / METRICS, metrics)
+    adapter = folder / f"{run_name(config)}.safetensors"
+    print(summary_text(metrics, " ".join(config.tokens), adapter, grids[0], next_steps(config, adapter)))
+    if repo_id is not None:
+        print(f"Shared at {push(write_share_folder(folder, repo_id), repo_id, config.hub.hub_private_repo)}")
+
+
+def hub_id(hub: HubSettings, folder: Path) -> str:
+    """Where the adapter is to be uploaded; asked before hours of training, not after them."""
+    return check_repo_id(hub.hub_model_id) if hub.hub_model_id else own_repo_id(folder)
+
+
+def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sampling: Sampling) -> Source:
+    """The same concept with images of its class, the missing ones drawn by the base."""
+    paths = class_image_paths(
+        pipe,
+        accelerator,
+        Path(source.concept.class_data_dir),
+        source.concept.class_prompt,
+        config.prior.num_class_images,
+        sampling,
+        config.loop.seed,
+        config.base.pretrained_model_name_or_path,
+    )
+    return dataclasses.replace(source, class_images=[image_record(path) for path in paths])
+
+
+def concept_name(concept: Concept, folder: Path) -> str:
+    """castle for <castle>; without a placeholder the name of the run folder."""
+    return re.sub(r"[^\w-]+", "", (concept.tokens or ("",))[0]) or folder.resolve().name
+
+
+def run_name(config: TrainConfig) -> str:
+    """What the adapter's file is called: castle for <castle>, castle_canal for two concepts."""
+    folder = Path(config.output.output_dir)
+    return "_".join(dict.fromkeys(concept_name(concept, folder) for concept in config.all_concepts))
+
+
+def prefix(output: OutputSettings, concepts: Sequence[Concept], concept: Concept) -> str:
+    """What the names of a concept's images begin with, where there are several concepts."""
+    return f"{concept_name(concept, Path(output.output_dir))}-" if len(concepts) > 1 else ""
+
+
+def image_sets(
+    images: ImageSettings, output: OutputSettings, concepts: Sequence[Concept], concept: Concept, templates: list[str]
+) -> dict[str, list[Request]]:
+    """What is drawn at the end, by kind: the instance prompt and every template, with the adapter and by the base.
+
+    The base does not know the new word and is asked for its initializer instead.
+    """
+    prompts = {
+        "instance": [concept.instance_prompt] * images.num_instance_images,
+        "prompt": [fill(template, concept.word) for template in templates],
+        "base-instance": [concept.plain_prompt] * images.num_instance_images,
+        "base-prompt": [fill(template, concept.plain_word) for template in templates],
+    }
+    before = prefix(output, concepts, concept)
+    return {
+        kind: [Request(prompt, seed, f"{before}{kind}-{seed:02d}") for seed, prompt in enumerate(texts)]
+        for kind, texts in prompts.items()
+    }
+
+
+def header(config: TrainConfig, outcome: Outcome, processes: int, images: int) -> Header:
+    """What the adapter's file says of its making."""
+    loop = config.loop
+    return Header(
+        base=config.base.pretrained_model_name_or_path,
+        tokens={
+            token: word
+            for concept in config.all_concepts
+            for token, word in zip(concept.tokens, concept.initializers, strict=True)
+        },
+        instance_prompt=config.all_concepts[0].instance_prompt,
+        sampling=dataclasses.replace(config.images.sampling, resolution=config.data.resolution),
+        training={
+            "pictures": images,
+            "steps": outcome.steps,
+            "pictures_per_step": loop.train_batch_size * loop.gradient_accumulation_steps * processes,
+            "learning_rate": config.optimiser.learning_rate,
+            "seed": loop.seed,
+        },
+    )
+
+
+def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampling, folder: Path, step: int) -> None:
+    """One row of images on the way; they take nothing from the training but time."""
+    requests = [Request(prompt, seed, "") for seed in range(count)]
+    row = [image for _, image in generate(pipe, requests, sampling, accelerator)]
+    if accelerator.is_main_process:
+        grid = image_grid(
+            [row], column_labels=[f"seed {seed}" for seed in range(count)], title=f"step {step}: {prompt}"
+        )
+        save_image(folder / f"validation-{step:06d}.png", grid, {"prompt": prompt, "step": step})
+
+
+def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
+    """Commands to try after a run."""
+    concept = config.all_concepts[0].word or config.all_concepts[0].instance_prompt
+    words = ["sd-atoms", "generate", "--adapter", str(adapter), "--prompts", "few_shot", "--seeds", "0-3"]
+    commands = [shlex.join([*words, "--out", str(adapter.parent / "more")])]
+    if config.output.report_to == "tensorboard":
+        commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))
+    code = (
+        "from sd_atoms.pipeline import open_base, load_atoms; "
+        f"pipe = open_base({config.base.pretrained_model_name_or_path!r}); load_atoms(pipe, {str(adapter)!r}); "
+        f"pipe({concept + ' at night'!r}, guidance_scale={config.images.guidance_scale:g})"
+        ".images[0].save('night.png')"
+    )
+    return [*commands, shlex.join(["python", "-c", code])]

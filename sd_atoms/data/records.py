@@ -1,0 +1,198 @@
+"""Training pictures from a folder or a table of `datasets`: what they are called, their captions, how to read them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
+from sd_atoms.data.images import ignored_notes, read_image, scan_folder
+from sd_atoms.errors import UserError
+
+_A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """A picture that is read when it is needed; it can be pickled.
+
+    name: what messages call it: its path, or "name[train] row 12", rows counted from 0. caption: its own prompt; None
+    is the run's. read: gives it upright in mode RGB, or raises UserError. digest: SHA-256 of its content in hex, of
+    the bytes of a file or the pixels of a table's row.
+    """
+
+    name: str
+    caption: str | None
+    read: Callable[[], Image.Image]
+    digest: Callable[[], str]
+
+
+def image_record(path: Path, caption: str | None = None) -> ImageRecord:
+    """The picture in a file, which is not opened yet."""
+    return ImageRecord(str(path), caption, partial(read_image, path), partial(_file_digest, path))
+
+
+def folder_images(folder: str | Path, captions: bool) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    """The pictures directly inside a folder in the order of `scan_folder`, and a few words on what else lay there.
+
+    Args:
+        folder: where they are; no picture is opened.
+        captions: read the caption files, if there are any. Those in use are not among what else lay there.
+
+    Raises:
+        UserError: the folder cannot be used, or its captions cannot.
+    """
+    folder = Path(folder)
+    found = scan_folder(folder)
+    own = folder_captions(folder, found.paths) if captions else {}
+    used = set(caption_files(folder, found.paths)) if captions else set()
+    pictures = [image_record(path, own.get(path)) for path in found.paths]
+    return pictures, ignored_notes([path for path in found.others if path not in used])
+
+
+def table_images(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    most: int | None = None,
+) -> list[ImageRecord]:
+    """The pictures in a table of the library `datasets`, none of them decoded yet.
+
+    Args:
+        name: a folder that `save_to_disk` wrote, a folder of images or parquet files, or the id of a data set.
+        config: which configuration, where there are several; none for a folder of `save_to_disk`.
+        split: which part.
+        revision: branch, tag or commit of a data set on the hub.
+        image_column: column of the pictures.
+        caption_column: column of their captions.
+        most: only the first so many rows.
+
+    Raises:
+        UserError: `datasets` is not installed, the table cannot be loaded, the split or a column is not there or
+            holds something else, or captions are empty.
+    """
+    table = _load(name, config, split, revision)
+    label = f"{name}[{split}]"
+    if len(table) == 0:
+        raise UserError(f"{label}: has no rows; expected pictures")
+    if most is not None:
+        table = table.select(range(min(most, len(table))))
+    for column in (image_column, caption_column):
+        if column is not None and column not in table.column_names:
+            raise UserError(f"{label}: no column {column!r}; expected one of {', '.join(table.column_names)}")
+    images = _undecoded(table, image_column, label)
+    captions = [None] * len(table) if caption_column is None else _captions(table, caption_column, label)
+    pictures = []
+    for row, caption in enumerate(captions):
+        read = partial(_read_row, images, row, f"{label} row {row}")
+        pictures.append(ImageRecord(f"{label} row {row}", caption, read, partial(_pixel_digest, read)))
+    return pictures
+
+
+def usable(pictures: Sequence[ImageRecord], on_bad_image: str) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    """Reads every picture once, so that no long run stops at the last one.
+
+    Args:
+        pictures: what to read.
+        on_bad_image: "error", or "skip" to leave out those that cannot be read.
+
+    Returns:
+        The pictures that can be read, and one line on each that was left out.
+
+    Raises:
+        UserError: all that cannot be read at once, if that is an error or no other picture is left.
+    """
+    good, problems = [], []
+    for picture in tqdm(pictures, desc="Checking images", unit="image", delay=2, leave=False, disable=None):
+        try:
+            picture.read()
+            good.append(picture)
+        except UserError as error:
+            problems.append(str(error))
+    if on_bad_image == "error" or not good:
+        refuse(problems, f"{len(problems)} of {len(pictures)} images cannot be used:")
+    return good, tuple(problems)
+
+
+def _load(name: str, config: str | None, split: str, revision: str | None):
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f'{name}: tables of pictures need `pip install "sd-atoms[datasets]"`') from error
+    try:
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # builders, readers and the hub's client raise whatever they trip over
+        if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+            error = error.__cause__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be loaded ({reason}); expected {_A_TABLE}") from error
+    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+    if split not in splits:
+        raise UserError(f"{name}: no split {split!r}; expected one of {', '.join(splits)}")
+    return splits[split].with_format(None)
+
+
+def _undecoded(table, column: str, label: str):
+    """The one column as {"bytes": ..., "path": ...}: `read_image` opens the files, and turns them upright once."""
+    import datasets
+
+    feature = table.features[column]
+    encoded = isinstance(feature, dict) and "bytes" in feature  # as pictures are in parquet files that others wrote
+    binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    if not (isinstance(feature, datasets.Image) or encoded or binary):
+        raise UserError(f"{label}: column {column!r} holds {feature}; expected pictures")
+    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _captions(table, column: str, label: str) -> list[str]:
+    feature = table.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"{label}: column {column!r} holds {feature}; expected text")
+    captions = [tidy(text or "") for text in table[column]]
+    problems = [
+        f"{label} row {row}: column {column!r} is empty; expected a caption"
+        for row, caption in enumerate(captions)
+        if not caption
+    ]
+    refuse(problems, f"{len(problems)} of {len(captions)} captions cannot be used:")
+    return captions
+
+
+def _read_row(images, row: int, name: str) -> Image.Image:
+    (value,) = images[row].values()
+    content, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if content is None and path is None:
+        raise UserError(f"{name}: holds no picture; expected one in every row")
+    if content is None and "://" in path:  # zip://a.png::/pictures.zip
+        import fsspec
+
+        try:
+            with fsspec.open(path, "rb") as file:
+                content = file.read()
+        except Exception as error:  # every kind of store has errors of its own
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{name}: cannot be read ({reason})") from error
+    return read_image(path if content is None else content, name)
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _pixel_digest(read: Callable[[], Image.Image]) -> str:
+    image = read()
+    return hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode() + image.tobytes()).hexdigest()

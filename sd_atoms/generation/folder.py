@@ -1,0 +1,87 @@
+"""A folder of images that can be stopped and continued."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from sd_atoms import __version__
+from sd_atoms.data.images import read_image
+from sd_atoms.errors import UserError
+from sd_atoms.generation.generate import Request, generate
+from sd_atoms.generation.png import image_notes, save_image
+from sd_atoms.machine import on_main
+from sd_atoms.pipeline.sampling import Sampling
+from sd_atoms.sources import public_name
+
+
+def generate_missing(
+    pipe,
+    accelerator,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    folder: Path,
+    notes: Mapping[str, str],
+    overwrite: bool = False,
+) -> None:
+    """Draws the pictures that `folder` lacks, `<name>.png` each, with prompt, seed, sampling and `notes` inside.
+
+    Args:
+        pipe: the pipeline, adapters as they should be.
+        accelerator: its processes share the work; the main process writes.
+        requests: what the folder should hold.
+        sampling: how pictures are drawn.
+        folder: where they go.
+        notes: what else a picture should say of its making, such as adapter and version.
+        overwrite: draw all of them again.
+
+    Raises:
+        UserError: a file of that name exists and was made otherwise (prompt, seed, adapter, settings).
+    """
+    missing = on_main(
+        accelerator,
+        lambda: [
+            request
+            for request in requests
+            if overwrite or not _is_there(folder / f"{request.name}.png", _notes(request, sampling, notes))
+        ],
+    )
+    for request, image in generate(pipe, missing, sampling, accelerator):
+        save_image(folder / f"{request.name}.png", image, _notes(request, sampling, notes))
+
+
+def making_notes(adapter: str, base: str) -> dict[str, str]:
+    """What a picture says of its model; "none" is the base itself."""
+    return {"adapter": adapter, "base": public_name(base), "sd_atoms": __version__}
+
+
+def read_images(folder: Path, requests: Sequence[Request]) -> list[Image.Image]:
+    """The drawn pictures in the order of `requests`."""
+    return [read_image(folder / f"{request.name}.png") for request in requests]
+
+
+def _is_there(path: Path, notes: Mapping[str, str]) -> bool:
+    if not path.exists():
+        return False
+    found = image_notes(path)
+    for key, value in notes.items():
+        if found.get(key) != value:
+            raise UserError(f"{path}: exists with {key}={found.get(key)!r}, asked is {value!r}; pass --overwrite")
+    return True
+
+
+def _notes(request: Request, sampling: Sampling, notes: Mapping[str, str]) -> dict[str, str]:
+    drawn = {"prompt": request.prompt, "seed": request.seed, **asdict(sampling)}
+    return {key: str(value) for key, value in {**drawn, **notes}.items()}
+
+
+@contextlib.contextmanager
+def base_alone(pipe) -> Iterator[None]:
+    """Draws without any adapter for a while, neither in the UNet nor in the text encoder."""
+    pipe.disable_lora()
+    try:
+        yield
+    finally:
+        pipe.enable_lora()

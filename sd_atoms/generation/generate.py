@@ -1,0 +1,82 @@
+"""Images from prompts and seeds. Image (prompt, seed) depends on nothing else: not on its neighbours, nor on how many
+processes share the work."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+from sd_atoms.pipeline.sampling import Sampling, make_scheduler
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make: its prompt, its seed and the name it is filed under."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+def generate(
+    pipe, requests: Sequence[Request], sampling: Sampling, accelerator=None
+) -> Iterator[tuple[Request, Image.Image]]:
+    """Draws one picture per request, in order.
+
+    Pictures are drawn one by one: in a batch, the order of sums in a convolution depends on the batch, and a picture
+    would differ in its last bits with its neighbours. Each has its own CPU generator, so a card draws the same noise.
+    Adapters, train mode, dtype, scheduler and all global random state are as before once the iterator has ended.
+
+    Args:
+        pipe: a Stable Diffusion pipeline.
+        requests: what to draw.
+        sampling: how.
+        accelerator: with several processes they share the work, and the main process alone yields; all must iterate.
+
+    Yields:
+        (request, RGB picture).
+    """
+    processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    bar = tqdm(total=len(requests), desc="Pictures", unit="picture", disable=None if rank == 0 else True)
+    with _prepared(pipe, sampling.scheduler), bar:
+        for start in range(0, len(requests), processes):
+            share = requests[start : start + processes]
+            pictures = [_generate_one(pipe, share[rank], sampling)] if rank < len(share) else []
+            if processes > 1:
+                pictures = gather_object(pictures)
+            if rank == 0:
+                yield from zip(share, pictures, strict=True)
+            bar.update(len(share))
+
+
+@torch.no_grad()
+def _generate_one(pipe, request: Request, sampling: Sampling) -> Image.Image:
+    return pipe(
+        request.prompt,
+        height=sampling.resolution,
+        width=sampling.resolution,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+
+
+@contextlib.contextmanager
+def _prepared(pipe, scheduler: str) -> Iterator[None]:
+    """Eval mode and another scheduler for a while."""
+    modules = [pipe.unet, pipe.text_encoder, pipe.vae]
+    was_training = [module.training for module in modules]
+    own_scheduler = pipe.scheduler
+    try:
+        for module in modules:
+            module.eval()
+        pipe.scheduler = make_scheduler(scheduler, own_scheduler)
+        yield
+    finally:
+        pipe.scheduler = own_scheduler
+        for module, training in zip(modules, was_training, strict=True):
+            module.train(training)

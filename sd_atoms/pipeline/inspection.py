@@ -1,0 +1,244 @@
+"""What an adapter changes, and what a UNet has to adapt: the job of `sd-atoms inspect`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from tqdm import tqdm
+
+from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
+from sd_atoms.errors import UserError
+from sd_atoms.pipeline import load_atoms, open_base, read_artefact
+from sd_atoms.pipeline.architectures import build_unet, unet_config
+from sd_atoms.pipeline.artefact import CONFIG_KEYS, TEXT
+from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
+from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.lora import LORA_PARTS
+from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
+
+STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
+TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta", *LORA_PARTS)
+# what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
+USUAL = dict(m=9, kc=4)
+# and the 3×3 convolutions by the settings of arXiv 2403.00269
+SETTINGS = {
+    "m=6": dict(m=6),
+    "m=9": dict(m=9),
+    "m=12, sparse": dict(m=12, solver="sparse"),
+    "m=9, m1=3": dict(m=9, m1=3),
+    "m=9, m1=4": dict(m=9, m1=4),
+    "blocks kc=4, m_c=9": dict(m=0, kc=4, m_c=9, block_layers="all"),
+    "blocks kc=2, m_c=9": dict(m=0, kc=2, block_layers="all"),
+}
+
+
+def inspect_architecture(arch: str) -> dict[str, Any]:
+    """Counts layers, weights and what adapters would train in a UNet, without any weight in memory.
+
+    Args:
+        arch: one of `sd_atoms.pipeline.architectures.ARCHITECTURES`.
+
+    Returns:
+        `parameters` of the UNet; `target_sets`, each with its layers by `kinds`, `weights` and `trained_numbers`;
+        `settings` of the 3×3 convolutions with the `trained_numbers`, and with those `beta_frozen` or None.
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    unet = build_unet(unet_config(arch), "meta")
+    modules = dict(unet.named_modules())
+    sets = []
+    for target_set in TARGET_SETS:
+        names = named_targets(unet, target_set)
+        kinds = [_kind(modules[name].weight) for name in names]
+        sets.append(
+            {
+                "target_set": target_set,
+                "layers": len(names),
+                "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+                "weights": sum(modules[name].weight.numel() for name in names),
+                "trained_numbers": trainable_params(modules, names, AtomsConfig(**USUAL)),
+            }
+        )
+    convolutions = named_targets(unet, "conv3x3")
+    settings = []
+    for label, values in SETTINGS.items():
+        frozen = AtomsConfig(**values, train_beta=False)
+        settings.append(
+            {
+                "setting": label,
+                "config": values,
+                "trained_numbers": trainable_params(modules, convolutions, AtomsConfig(**values)),
+                "beta_frozen": trainable_params(modules, convolutions, frozen) if frozen.m1 else None,
+            }
+        )
+    return {
+        "arch": arch,
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "target_sets": sets,
+        "settings": settings,
+    }
+
+
+def trainable_params(modules: Mapping[str, nn.Module], names: Sequence[str], config: AtomsConfig) -> int:
+    """How many numbers an adapter of that config trains in the layers of those names."""
+    return sum(
+        layer_plan(config, name, modules[name]).trainable_params(modules[name], config.train_beta) for name in names
+    )
+
+
+@torch.no_grad()
+def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
+    """Measures what an adapter changes in every layer, in float32 on the CPU, at full strength.
+
+    Args:
+        adapter: a folder, one .safetensors file, or a hub id.
+        base: what it is measured on; None takes the base that the adapter's header names.
+
+    Returns:
+        What the header says; `text_encoder`, which is the `kind`, `layers` and `trained_numbers` of its adapter, or
+        None; `relative_change` |ΔF|/|F| over all adapted layers of the UNet; its `blocks`; its `layers` from input to
+        output. Of a layer: `relative_change`, `energy` |ΔF|² and its `share` of all, `gain_zero` and
+        `gain_pi` (see `frequency_gain`; None with one tap, or where the base has no response), `condition` (None
+        unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom (`atom_changes`, `block_atom_changes`),
+        and the numbers of its `atoms` and their change where all input channels share them.
+
+    Raises:
+        UserError: adapter or base cannot be opened, they do not fit, or the adapter's numbers are not finite.
+    """
+    artefact = read_artefact(adapter)
+    tensors = {**artefact.state, **{f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}}
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{adapter}: broken, {len(broken)} of its tensors are not finite ({broken[0]} first)")
+    about = artefact.about
+    base = find_base(base, adapter, parse_header(adapter, about))
+    pipe = open_base(base)
+    load_atoms(pipe, artefact)
+    modules = {name: module for name, module in pipe.unet.named_modules() if isinstance(module, AtomsLayer)}
+    modules = dict(sorted(modules.items(), key=lambda item: STAGES.get(item[0].split(".")[0], 0)))
+    layers = [
+        _measure(name, layer) for name, layer in tqdm(modules.items(), unit="layer", desc="measuring", disable=None)
+    ]
+    total = sum(layer["energy"] for layer in layers)
+    for layer in layers:
+        layer["share"] = layer["energy"] / total if total else 0.0
+    blocks = {layer["block"]: [other for other in layers if other["block"] == layer["block"]] for layer in layers}
+    apart = None
+    if "fingerprint" in about:
+        ours = fingerprint([modules[name].base_weight for name in sorted(modules)])
+        apart = distance(ours, from_text(about["fingerprint"]))
+    return {
+        "adapter": adapter,
+        "bytes": _size(adapter),
+        "base": base,
+        "distance_to_base": apart,
+        "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
+        "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
+        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
+        "mode": _mode(artefact.config, artefact.state),
+        "trained_numbers": _trained(artefact.state),
+        "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
+        "text_encoder": None
+        if artefact.text_config is None
+        else {
+            "kind": _mode(artefact.text_config, artefact.text_state),
+            "layers": len(artefact.text_layers),
+            "trained_numbers": _trained(artefact.text_state),
+        },
+        "relative_change": _relative(layers),
+        "blocks": [
+            {
+                "block": block,
+                "layers": len(members),
+                "relative_change": _relative(members),
+                "share": sum(layer["share"] for layer in members),
+            }
+            for block, members in blocks.items()
+        ],
+        "layers": layers,
+    }
+
+
+def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str, Any]:
+    weight = layer.base_weight.detach()
+    change = layer.get_delta_weight(adapter)
+    terms = layer.change_terms(adapter)
+    kernel = tuple(weight.shape[2:])
+    spatial = math.prod(kernel) > 1
+    one_matrix = len(terms) == 1 and terms[0].codes is None and not terms[0].block and not terms[0].per_channel
+    entry = {
+        "layer": name,
+        "block": _block(name),
+        "kind": _kind(weight),
+        "shape": list(weight.shape),
+        "kernel": list(kernel),
+        "base_energy": energy(weight),
+        "energy": energy(change),
+        "relative_change": relative_change(weight, change),
+        "gain_zero": frequency_gain(weight, change, 0.0) if spatial else None,
+        "gain_pi": frequency_gain(weight, change, math.pi) if spatial else None,
+        "condition": condition(terms[0].mixing) if one_matrix and spatial else None,
+        "atom_changes": [],
+        "block_atom_changes": [],
+        "atoms": None,
+        "atoms_change": None,
+    }
+    strength = layer.scaling[adapter]
+    if adapter in layer.atoms_delta:
+        delta = layer.atoms_delta[adapter] * strength
+        entry["atom_changes"] = atom_changes(delta).tolist()
+        if not layer.plan[adapter].m1:
+            entry["atoms"], entry["atoms_change"] = layer.atoms_initial[adapter].tolist(), delta.tolist()
+    if adapter in layer.atoms_block_delta:
+        entry["block_atom_changes"] = atom_changes(layer.atoms_block_delta[adapter] * strength).tolist()
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+
+
+def _relative(layers: Sequence[Mapping[str, Any]]) -> float:
+    return root_ratio(sum(layer["energy"] for layer in layers), sum(layer["base_energy"] for layer in layers), 0.0)
+
+
+def _kind(weight: torch.Tensor) -> str:
+    return "×".join(map(str, weight.shape[2:])) or "Linear"
+
+
+def _block(name: str) -> str:
+    """The part of the UNet that a layer is in: conv_in, down_blocks.0, mid_block, …"""
+    first, *rest = name.split(".")
+    return f"{first}.{rest[0]}" if first.endswith("_blocks") and rest else first
+
+
+def _trained(state: Mapping[str, torch.Tensor]) -> int:
+    """How many trained numbers there are among the tensors of an adapter."""
+    return sum(value.numel() for key, value in state.items() if key.endswith(TRAINED_PARTS))
+
+
+def _mode(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> str:
+    """What the atoms of an adapter are, or its LoRA, in a few words."""
+    if isinstance(config, LoraConfig):
+        ranks = sorted({value.shape[0] for key, value in state.items() if "lora_A" in key})
+        return f"LoRA r={', '.join(map(str, ranks))}"
+    parts = {key.rpartition(".")[2] for key in state}
+    words = []
+    if "atoms_delta" in parts:
+        words.append(f"m={config.m}" + (f", m1={config.m1} (overcomplete)" if config.m1 else ""))
+    if config.m1 and "atoms_delta" in parts:
+        words.append(f"β {'trained' if config.train_beta else f'drawn from seed {config.seed}'}")
+    if "atoms_block_delta" in parts:
+        words.append(f"block atoms kc={config.kc}" + (f", m_c={config.m_c}" if config.m_c else ""))
+    words.append(f"{config.solver} solver" + (f" (λ={config.l1:g})" if config.solver == "sparse" else ""))
+    return ", ".join(words)
+
+
+def _size(adapter: str) -> int | None:
+    """Bytes of a local adapter's files."""
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        files = [*path.iterdir(), *(path / TEXT).glob("*")]
+        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
+    return path.stat().st_size if path.is_file() else None

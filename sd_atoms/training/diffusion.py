@@ -1,0 +1,191 @@
+"""A concept taught to a diffusion pipeline: its adapters and tokens, its loss, and what comes out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from sd_atoms.errors import UserError
+from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
+from sd_atoms.pipeline.adapters import add_text_adapter
+from sd_atoms.pipeline.tokens import initializer_rows
+from sd_atoms.training.batch import Texts, make_samples, sample_losses
+from sd_atoms.training.config import MethodSettings, TextSettings, TrainConfig
+from sd_atoms.training.dataset import Dataset
+from sd_atoms.training.denoiser import Denoiser, TrainedRows
+from sd_atoms.training.examples import encode_prompts, tokenize
+from sd_atoms.training.objective import noising
+from sd_atoms.training.optimiser import parameter_groups
+from sd_atoms.training.steps import Hooks, run_steps
+from sd_atoms.training.validation import validation_loss
+from sd_atoms.tuner import AtomsConfig
+
+# settings of a run that are the adapter's under the same name
+ADAPTER_SETTINGS = ("m", "m1", "train_beta", "kc", "m_c", "block_layers", "solver", "l1", "form")
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+MOST_KEPT_PROMPTS = 256  # states of more prompts are made anew at each step: one takes 236 KB with SD v1-4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run says about itself."""
+
+    steps: int
+    trainable_params: int  # entries of all ΔD, β and block atoms in the UNet
+    trainable_token_params: int  # entries of trained embedding rows
+    trainable_text_params: int = 0  # entries of the text encoder's adapter
+    kept_step: int | None = None  # whose values are saved, if not the last one's
+
+    def entries(self) -> dict[str, int | None]:
+        """The same for metrics.json."""
+        return {
+            "steps": self.steps,
+            "trained_numbers": self.trainable_params,
+            "trained_token_numbers": self.trainable_token_params,
+            "trained_text_numbers": self.trainable_text_params,
+            "kept_step": self.kept_step,
+        }
+
+
+def add_adapters(pipe, config: TrainConfig) -> None:
+    """Freezes a pipeline, in the dtype of the run, and adds the placeholder tokens and the adapters.
+
+    Raises:
+        UserError: a token or the target does not fit the base.
+    """
+    for concept in config.all_concepts:
+        add_placeholder_tokens(pipe, initializer_rows(pipe, concept.tokens, concept.initializers))
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False)
+    if config.precision.mixed_precision != "no":
+        for module in (pipe.unet, pipe.text_encoder):  # not the VAE: it overflows in fp16, and encodes only once
+            module.to(dtype=DTYPES[config.precision.mixed_precision])
+    try:
+        pipe.unet.add_adapter(adapter_config(config.method, config.loop.seed))
+    except ValueError as error:
+        raise UserError(f"target={config.method.target!r}, m={config.method.m}: {error}") from error
+    if config.text.train_text_encoder:
+        add_text_adapter(pipe.text_encoder, text_adapter_config(config.text, config.loop.seed))
+
+
+def adapter_config(method: MethodSettings, seed: int) -> AtomsConfig:
+    """The settings of the UNet's adapter; raises ValueError if they do not go together."""
+    own = {name: getattr(method, name) for name in ADAPTER_SETTINGS}
+    return AtomsConfig(**own, seed=seed, target_modules=method.target)
+
+
+def text_adapter_config(text: TextSettings, seed: int) -> AtomsConfig | LoraConfig:
+    """The settings of the text encoder's adapter."""
+    if text.text_adapter == "lora":
+        return LoraConfig(
+            r=text.text_rank, lora_alpha=text.text_rank, target_modules=TEXT_TARGETS, init_lora_weights=True
+        )
+    return AtomsConfig(m=0, kc=text.text_kc, seed=seed, target_modules=TEXT_TARGETS)
+
+
+def train_diffusion(
+    config: TrainConfig,
+    pipe,
+    accelerator,
+    dataset: Dataset,
+    folder: Path,
+    begin: Callable[[], None],
+    show: Callable[[int], None],
+) -> Outcome:
+    """Trains the adapters that `add_adapters` put into `pipe`.
+
+    Args:
+        config: settings, with learning rates.
+        pipe: the pipeline, adapted, on the accelerator's device; on return it carries what was learned.
+        accelerator: made with the config's mixed precision and accumulation.
+        dataset: what to learn from.
+        folder: the run folder; log and checkpoints go there.
+        begin, show: as in `Hooks`.
+
+    Raises:
+        UserError: a checkpoint does not fit, the loss is not finite, or nothing was learned.
+        Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    device, seed, objective = accelerator.device, config.loop.seed, config.objective
+    schedule = noising(pipe.scheduler, objective.prediction_type, objective.rescale_betas_zero_snr)
+    texts = prepare_texts(pipe, config, dataset)
+    if config.precision.mixed_precision != "no":
+        pipe.vae.to(dtype=pipe.unet.dtype)  # from here on it only decodes
+
+    # what is trained is float32, whatever the base is
+    rows = None
+    if config.text.train_token_embedding:
+        row_ids = [pipe.tokenizer.convert_tokens_to_ids(token) for token in config.tokens]
+        rows = TrainedRows(pipe.text_encoder.get_input_embeddings(), row_ids).to(device)
+        pipe.text_encoder.set_input_embeddings(rows)
+    if config.loop.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    plain = Denoiser(pipe.unet, pipe.text_encoder)
+    parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+
+    def loss_of(denoiser, numbers: range) -> torch.Tensor:
+        common = dict(schedule=schedule, objective=objective, seed=seed, empty=dataset.empty)
+        batch = make_samples(numbers, dataset.examples, caption_dropout=config.data.caption_dropout, **common)
+        if dataset.prior:
+            batch += make_samples(
+                numbers, dataset.prior, purpose="prior", weight=config.prior.prior_loss_weight,
+                from_teacher=config.prior.prior == "teacher", **common,
+            )  # fmt: skip
+        return sample_losses(batch, denoiser, plain, texts, objective, device).sum() / len(numbers)
+
+    def loss_to_compare() -> float:
+        examples = dataset.held_out or dataset.examples
+        return validation_loss(plain, examples, texts, objective, seed, schedule, accelerator)
+
+    progress = run_steps(
+        plain,
+        loss_of,
+        parameter_groups(parameters, config.optimiser),
+        accelerator,
+        folder,
+        examples=len(dataset.examples),
+        loop=config.loop,
+        optimiser=config.optimiser,
+        validation=config.validation,
+        output=config.output,
+        hooks=Hooks(begin, loss_to_compare, show),
+    )
+
+    # the pipeline as it was, plus what was learned
+    if rows is not None:
+        pipe.text_encoder.set_input_embeddings(rows.write_back())
+    if config.loop.gradient_checkpointing:
+        pipe.unet.disable_gradient_checkpointing()
+    pipe.unet.eval()
+    adapter = {name: p for name, p in parameters.items() if name.startswith("unet.")}
+    moved = any(p.detach().any() for name, p in adapter.items() if "_delta" in name)
+    if config.optimiser.learning_rate > 0 and not moved:
+        raise UserError("training changed no atom: the adapter would have no effect; raise learning_rate")
+    text = [p for name, p in parameters.items() if name.startswith("text_encoder.") and ".trained." not in name]
+    return Outcome(
+        steps=progress.step,
+        trainable_params=sum(p.numel() for p in adapter.values()),
+        trainable_token_params=rows.rows.numel() if rows is not None else 0,
+        trainable_text_params=sum(p.numel() for p in text),
+        kept_step=progress.best_step if progress.best else None,
+    )
+
+
+def prepare_texts(pipe, config: TrainConfig, dataset: Dataset) -> Texts:
+    """All prompts as token ids, or as states where they are few and nothing of the text encoder is trained."""
+    ids = tokenize(pipe.tokenizer, dataset.prompts)
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else None
+    base_states = None
+    if config.prior.prior == "teacher":
+        # before the text side moves; prompts of no prior example are never looked up
+        used = sorted({prompt for example in dataset.prior for prompt in example.prompts})
+        made = encode_prompts(pipe.text_encoder, ids[used], None)
+        base_states = made.new_zeros(len(ids), *made.shape[1:])
+        base_states[used] = made
+    moves = config.text.train_token_embedding or config.text.train_text_encoder
+    if moves or (len(ids) > MOST_KEPT_PROMPTS and cache is None):
+        return Texts(token_ids=ids, base_states=base_states)
+    return Texts(states=encode_prompts(pipe.text_encoder, ids, cache), base_states=base_states)
