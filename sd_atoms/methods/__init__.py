@@ -7,7 +7,9 @@ from sd_atoms.methods.config import TunerType
 from sd_atoms.methods.difffit import DiffFitConfig, DiffFitModel
 from sd_atoms.methods.lora_conv import LoraConvConfig, LoraConvModel
 from sd_atoms.methods.lycoris import LycorisConfig, LycorisModel
+from sd_atoms.methods.method import KINDS, Method, Sized, find_budget
 from sd_atoms.methods.model import register_tuner
+from sd_atoms.methods.registry import all_methods, check_settings, from_peft_config, get_method
 from sd_atoms.methods.selective import SelectiveConfig, SelectiveModel
 
 register_tuner(SelectiveConfig, SelectiveModel, TunerType.SELECTIVE.value)
@@ -15,4 +17,17 @@ register_tuner(DiffFitConfig, DiffFitModel, TunerType.DIFFFIT.value)
 register_tuner(LoraConvConfig, LoraConvModel, TunerType.LORA_CONV.value)
 register_tuner(LycorisConfig, LycorisModel, TunerType.LYCORIS.value)
 
-__all__ = ["DiffFitConfig", "LoraConvConfig", "LycorisConfig", "SelectiveConfig"]
+__all__ = [
+    "KINDS",
+    "DiffFitConfig",
+    "LoraConvConfig",
+    "LycorisConfig",
+    "Method",
+    "SelectiveConfig",
+    "Sized",
+    "all_methods",
+    "check_settings",
+    "find_budget",
+    "from_peft_config",
+    "get_method",
+]

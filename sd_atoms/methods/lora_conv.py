@@ -29,7 +29,8 @@ class LoraConvConfig(RankConfig):
 
 
 class LoraConvLayer(DeltaLayer):
-    """Conv2d with k×k filters. Trained, per adapter: `conv_lora_A` (r·k, i·k), random; `conv_lora_B` (o/g·k, r·k), 0."""
+    """Conv2d with k×k filters. Trained, per adapter: `conv_lora_A` (r·k, i·k), random at the start, and `conv_lora_B`
+    (o/g·k, r·k), zero."""
 
     adapter_layer_names = ("conv_lora_A", "conv_lora_B")
 

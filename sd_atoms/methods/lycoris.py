@@ -36,8 +36,8 @@ class LycorisConfig(RankConfig):
     algo: str = field(
         default="locon",
         metadata={
-            "help": "locon: up·down, r·(o + i·K) numbers; loha: the product, entry by entry, of two such, 2·r·(o + i·K) "
-            "numbers; lokr: a Kronecker product."
+            "help": "locon: up·down, r·(o + i·K) numbers; loha: the product, entry by entry, of two such; lokr: a "
+            "Kronecker product, one side of low rank."
         },
     )
     factor: int = field(
@@ -56,7 +56,11 @@ class LycorisConfig(RankConfig):
         wrong = super().problems()
         if self.algo not in PARTS:
             wrong.append(f"algo={self.algo!r}: one of {', '.join(PARTS)} is allowed")
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or (self.factor < 1 and self.factor != -1):
+        if (
+            isinstance(self.factor, bool)
+            or not isinstance(self.factor, int)
+            or (self.factor < 1 and self.factor != -1)
+        ):
             wrong.append(f"factor={self.factor!r}: -1 or an integer from 1 on is allowed")
         if self.factor != -1 and self.algo in ("locon", "loha"):
             wrong.append(f"factor={self.factor!r}: {self.algo} has none, only lokr has")
@@ -83,7 +87,8 @@ class LycorisLayer(DeltaLayer):
         options = {"factor": config.factor} if config.algo == "lokr" else {}
         if config.algo != "lokr":  # these know matrices, and convolutions in Tucker's form alone
             weight = weight.flatten(1)
-        made = _functional(config.algo).weight_gen(weight, config.r, tucker=False, **options)
+        with torch.device("meta" if weight.is_meta else "cpu"):  # drawn alike whatever the device
+            made = _functional(config.algo).weight_gen(weight, config.r, tucker=False, **options)
         for part, value in zip(PARTS[config.algo], made, strict=True):
             if value is not None:
                 getattr(self, f"lycoris_{part}")[adapter_name] = self._new(value)

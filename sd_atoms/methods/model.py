@@ -41,6 +41,10 @@ class TunedModel(BaseTuner):
         self._refuse_unfit_layers(peft_config)
         return peft_config
 
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if isinstance(config.target_modules, set):  # PEFT shortens long lists to a set, whose order is no order
+            config.target_modules = sorted(config.target_modules)
+
     def _refuse_unfit_layers(self, config: PeftConfig) -> None:
         """Finds every target that the settings cannot take, before the model is touched."""
         modules = dict(self.model.named_modules())
