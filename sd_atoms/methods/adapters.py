@@ -115,7 +115,9 @@ def unmerge_adapters(model: nn.Module, originals: Originals) -> None:
     """Undoes `merge_adapters`, bit for bit."""
     for layer in tuner_layers(model).values():
         if layer.merged:
-            layer.unmerge()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unmerge result can be inaccurate")
+                layer.unmerge()
     for base, values in originals.items():
         for name, value in values.items():
             base.get_parameter(name).copy_(value)

@@ -140,10 +140,15 @@ class TunedLayer(nn.Module, BaseTunerLayer):
 
 
 class DeltaLayer(TunedLayer):
-    """A layer whose adapters each add something to its weight: a subclass says what, in `get_delta_weight`."""
+    """A layer whose adapters each add something to its weight: a subclass says what, in `delta`."""
+
+    def delta(self, adapter: str) -> torch.Tensor:
+        """The change of the weight at a scale of 1: shape of the weight, in float32 at least."""
+        raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        raise NotImplementedError
+        with _full_precision(self.original("weight")):
+            return self.delta(adapter) * self.scaling[adapter]
 
     def values(self, adapters):
         weight = self.original("weight")

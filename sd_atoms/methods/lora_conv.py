@@ -47,13 +47,13 @@ class LoraConvLayer(DeltaLayer):
         nn.init.kaiming_uniform_(self.conv_lora_A[adapter_name], a=math.sqrt(5))
         self._added(adapter_name, config, config.scale)
 
-    def get_delta_weight(self, adapter):
-        """alpha/r · B·A, viewed as (o, i/g, k, k)."""
+    def delta(self, adapter):
+        """B·A, viewed as (o, i/g, k, k)."""
         weight = self.original("weight")
         dtype = mixing_dtype(weight.dtype)
         # (o/g*k, r*k) @ (r*k, i*k) -> (o/g*k, i*k)
         change = self.conv_lora_B[adapter].to(dtype) @ self.conv_lora_A[adapter].to(dtype)
-        return change.view(weight.shape) * self.scaling[adapter]
+        return change.view(weight.shape)
 
 
 class LoraConvModel(TunedModel):

@@ -6,6 +6,7 @@ LyCORIS is imported when a layer is made, since that takes seconds.
 
 import importlib
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ PARTS = {
     "loha": ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2"),
     "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"),
 }
+_IMPORTED: dict[str, ModuleType] = {}
 ALL_PARTS = tuple(f"lycoris_{part}" for part in dict.fromkeys(part for parts in PARTS.values() for part in parts))
 
 
@@ -97,8 +99,8 @@ class LycorisLayer(DeltaLayer):
         ranked = config.algo != "lokr" or adapter_name in self.lycoris_w2_a
         self._added(adapter_name, config, config.scale if ranked else 1.0)
 
-    def get_delta_weight(self, adapter):
-        """alpha/r · up·down, (w1_a·w1_b)∘(w2_a·w2_b) or w1 ⊗ (w2 or w2_a·w2_b), in the shape of the weight."""
+    def delta(self, adapter):
+        """up·down, (w1_a·w1_b)∘(w2_a·w2_b) or w1 ⊗ (w2 or w2_a·w2_b), in the shape of the weight."""
         weight, algo = self.original("weight"), self.algo[adapter]
         dtype = mixing_dtype(weight.dtype)
         dicts = [getattr(self, f"lycoris_{part}") for part in PARTS[algo]]
@@ -108,7 +110,7 @@ class LycorisLayer(DeltaLayer):
         gamma = torch.tensor(float(unit), dtype=dtype, device=weight.device) if algo == "loha" else float(unit)
         # in plain torch: other backends, which it picks by machine and call, round differently
         change = _functional(algo).diff_weight(*parts, gamma=gamma, backend="torch")
-        return change.reshape(weight.shape) * self.scaling[adapter]
+        return change.reshape(weight.shape)
 
 
 class LycorisModel(TunedModel):
@@ -122,5 +124,7 @@ class LycorisModel(TunedModel):
             raise ValueError(f"is a {type(layer).__name__}, LyCORIS takes Conv1d, Conv2d, Conv3d and Linear")
 
 
-def _functional(algo: str):
-    return importlib.import_module(f"lycoris.functional.{algo}")
+def _functional(algo: str) -> ModuleType:
+    if algo not in _IMPORTED:  # torch.compile follows a look-up, not an import
+        _IMPORTED[algo] = importlib.import_module(f"lycoris.functional.{algo}")
+    return _IMPORTED[algo]
