@@ -1,7 +1,8 @@
-"""Personalise Stable Diffusion by training only filter atoms. Importing this package makes PEFT know `AtomsConfig`."""
+"""Personalise Stable Diffusion by training only filter atoms. Importing this package makes PEFT know our tuners."""
 
 from typing import TYPE_CHECKING
 
+import sd_atoms.methods  # noqa: F401
 from sd_atoms.errors import UserError
 from sd_atoms.tuner import AtomsConfig, add_weighted_adapter
 

@@ -1,0 +1,152 @@
+"""The calls that every adapter answers, whoever wrote its tuner: PEFT's, with what PEFT leaves to its caller.
+
+They work on any network that adapters were put into: a plain module, or a model of diffusers or transformers.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_requires_grad
+from torch import nn
+
+from sd_atoms.errors import UserError
+
+Originals = Mapping[nn.Module, Mapping[str, torch.Tensor]]
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Puts a new adapter into a network and makes it the only active one; with the first, PEFT freezes the base.
+
+    What it trains is float32 at least, also on a base in half precision, where PEFT would follow the base.
+
+    Args:
+        model: changed in place; adapters that it carries already stay.
+        config: as `Method.make_config` returns it.
+        adapter_name: not yet taken.
+
+    Returns:
+        The parameters that are trained now.
+
+    Raises:
+        UserError: the name is taken, or PEFT refuses the settings for this network; one line.
+    """
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise UserError(f"adapter_name={adapter_name!r}: there is an adapter of that name already")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            if hasattr(model, "add_adapter"):  # a model of diffusers or transformers keeps books of its own
+                model.add_adapter(config, adapter_name)
+            else:
+                inject_adapter_in_model(config, model, adapter_name)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
+    cast_adapter_dtype(model, adapter_name)
+    set_adapters(model, [adapter_name])
+    set_requires_grad(model, adapter_name)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def set_adapters(model: nn.Module, adapters: Sequence[str], weights: Sequence[float] | None = None) -> None:
+    """Makes these adapters the active ones, with these strengths.
+
+    Args:
+        model: the network.
+        adapters: their names.
+        weights: one each; None leaves the strengths as they are.
+
+    Raises:
+        UserError: not one weight each, or a tuner that knows no strength (OFT, IA3, …) is given another than 1.
+    """
+    if weights is not None and len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} adapters and {len(weights)} weights: one weight for each is needed")
+    given = {} if weights is None else dict(zip(adapters, weights, strict=True))
+    configs = getattr(model, "peft_config", {})
+    layers = tuner_layers(model)
+    for name, weight in given.items():
+        fixed = [layer for layer in layers.values() if _has(layer, name) and not _has_strength(layer)]
+        if fixed and weight != 1:
+            kind = configs[name].peft_type.value if name in configs else type(fixed[0]).__name__
+            raise UserError(f"weight={weight!r} for {name!r}: {kind} has no strength, only 1 is allowed")
+    for layer in layers.values():
+        layer.set_adapter(list(adapters))
+        for name, weight in given.items():
+            if _has_strength(layer):
+                layer.set_scale(name, weight)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The network without its adapters for a while; what was trained before is trained again afterwards."""
+    layers = list(tuner_layers(model).values())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer.enable_adapters(not off)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, adapters: Sequence[str] | None = None) -> Originals:
+    """Puts adapters, None for the active ones, into the base's weights; returns what `unmerge_adapters` needs.
+
+    PEFT's own tuners unmerge by subtraction, which rounds; so the originals of the adapted layers are kept here.
+    """
+    originals = {}
+    for layer in tuner_layers(model).values():
+        base = layer.get_base_layer()
+        originals[base] = {name: value.detach().clone() for name, value in base.named_parameters()}
+        layer.merge(adapter_names=None if adapters is None else list(adapters))
+    return originals
+
+
+@torch.no_grad()
+def unmerge_adapters(model: nn.Module, originals: Originals) -> None:
+    """Undoes `merge_adapters`, bit for bit."""
+    for layer in tuner_layers(model).values():
+        if layer.merged:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unmerge result can be inaccurate")
+                layer.unmerge()
+    for base, values in originals.items():
+        for name, value in values.items():
+            base.get_parameter(name).copy_(value)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter out again; its layers stay wrapped, and compute what they would without it."""
+    if hasattr(model, "delete_adapters"):
+        model.delete_adapters(adapter_name)
+        return
+    for layer in tuner_layers(model).values():
+        layer.delete_adapter(adapter_name)
+    model.peft_config.pop(adapter_name, None)
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that carry adapters, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of PEFT's, without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _has(layer: BaseTunerLayer, adapter: str) -> bool:
+    return any(adapter in getattr(layer, part) for part in layer.adapter_layer_names)
+
+
+def _has_strength(layer: BaseTunerLayer) -> bool:
+    # OFT and BOFT have a set_scale that reads an attribute they lack
+    return hasattr(layer, "set_scale") and hasattr(layer, "scaling")

@@ -1,0 +1,300 @@
+"""The methods that come with this package."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from sd_atoms.methods.difffit import DiffFitConfig
+from sd_atoms.methods.lora_conv import LoraConvConfig
+from sd_atoms.methods.lycoris import LycorisConfig
+from sd_atoms.methods.method import Method, Target, resolved_target
+from sd_atoms.methods.model import ERRORS_SHOWN, base_of
+from sd_atoms.methods.selective import SelectiveConfig
+from sd_atoms.tuner import TARGET_SETS, AtomsConfig
+from sd_atoms.tuner.plan import CONVOLUTIONS
+
+DEFAULT_RANK = 4
+DEFAULT_OFT_BLOCK = 32  # PEFT's own
+ATOMS_SETTINGS = ("m", "m1", "train_beta", "kc", "m_c", "block_layers", "solver", "l1", "form")
+# By `sd-atoms sweep` for atoms and rows; 1e-4 is usual for LoRA, 1e-3 is DiffFit's, 5e-6 is DreamBooth's.
+RATES = {"atoms": 1e-2, "beta": 1e-3, "block": 1e-2, "lora": 1e-4, "bias": 1e-3, "norm": 1e-3, "scale": 1e-3}
+RATES |= {"full": 5e-6, "row": 1e-3}
+
+
+def refuse_wrong_layers(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """The config, if PEFT's own tuner computes every layer it targets as the layer itself would.
+
+    Raises:
+        ValueError: it would not; the message names the layers.
+    """
+    reason = WRONG_LAYERS.get(config.peft_type.value, lambda layer: None)
+    found = {
+        name: base_of(module)
+        for name, module in model.named_modules()
+        if "base_layer" not in name.split(".") and bool(check_target_module_exists(config, name))
+    }
+    if not found and config.target_modules:
+        raise ValueError(f"target {config.target_modules!r} matches no layer; named sets are {', '.join(TARGET_SETS)}")
+    wrong = [f"{name} {reason(layer)}" for name, layer in found.items() if reason(layer)]
+    if wrong:
+        more = f" (and {len(wrong) - ERRORS_SHOWN} more)" if len(wrong) > ERRORS_SHOWN else ""
+        raise ValueError(f"target: {len(wrong)} layers do not fit: {'; '.join(wrong[:ERRORS_SHOWN])}{more}")
+    return config
+
+
+def _wrong_for_lora(layer: nn.Module) -> str | None:
+    if not isinstance(layer, CONVOLUTIONS):
+        return None
+    if any(step != 1 for step in layer.dilation):
+        return f"has dilation={layer.dilation}, which PEFT's LoRA ignores"
+    if layer.groups > 1:
+        return f"has groups={layer.groups}, which PEFT's LoRA cannot merge"
+    return _wrong_padding(layer)
+
+
+def _wrong_padding(layer: nn.Module) -> str | None:
+    if isinstance(layer, CONVOLUTIONS) and layer.padding_mode != "zeros":
+        return f"has padding_mode={layer.padding_mode!r}, which PEFT's tuners ignore"
+    return None
+
+
+def _wrong_for_oft(layer: nn.Module) -> str | None:
+    # PEFT folds the rotated patches back without dividing by their overlap: at the identity, inner pixels are
+    # multiplied by the number of taps
+    return f"is a {type(layer).__name__}, OFT is right for Linear" if isinstance(layer, CONVOLUTIONS) else None
+
+
+WRONG_LAYERS: dict[str, Callable[[nn.Module], str | None]] = {
+    "LORA": _wrong_for_lora,
+    "LOHA": _wrong_padding,
+    "LOKR": _wrong_padding,
+    "OFT": _wrong_for_oft,
+}
+
+
+def _rank_and_alpha(settings: Mapping[str, Any]) -> tuple[int, float]:
+    rank, alpha = settings.get("rank", DEFAULT_RANK), settings.get("alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}: an integer from 1 on is allowed")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0):
+        raise ValueError(f"alpha={alpha!r}: a number above 0 is allowed, or None for alpha = rank")
+    return rank, rank if alpha is None else alpha
+
+
+def _atoms(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    return AtomsConfig(**settings, target_modules=target if isinstance(target, str) else list(target))
+
+
+def _atoms_size(number: int) -> dict[str, Any] | None:
+    """m = 1 … 9, then block atoms on the same layers: kc = 2, 4, 8, each with m_c = 1 … 9."""
+    rung, step = divmod(number - 1, 9)
+    if rung == 0:
+        return {"m": step + 1}
+    return {"m": 0, "kc": 2**rung, "m_c": step + 1, "block_layers": "all"} if rung <= 3 else None
+
+
+def _rank_size(number: int) -> dict[str, Any]:
+    return {"rank": number}
+
+
+def _oft_size(number: int) -> dict[str, Any] | None:
+    """Powers of two, which divide the widths of most networks."""
+    return {"block_size": 2**number} if number <= 8 else None
+
+
+def _lora(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    rank, alpha = _rank_and_alpha(settings)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=resolved_target(model, target))
+    return refuse_wrong_layers(model, config)
+
+
+def _loha(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    rank, alpha = _rank_and_alpha(settings)
+    config = LoHaConfig(r=rank, alpha=alpha, target_modules=resolved_target(model, target))
+    return refuse_wrong_layers(model, config)
+
+
+def _lokr(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    rank, alpha = _rank_and_alpha(settings)
+    factor = settings.get("factor", -1)
+    if isinstance(factor, bool) or not isinstance(factor, int) or (factor < 1 and factor != -1):
+        raise ValueError(f"factor={factor!r}: -1 or an integer from 1 on is allowed")
+    config = LoKrConfig(r=rank, alpha=alpha, decompose_factor=factor, target_modules=resolved_target(model, target))
+    return refuse_wrong_layers(model, config)
+
+
+def _oft(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    block = settings.get("block_size", DEFAULT_OFT_BLOCK)
+    if isinstance(block, bool) or not isinstance(block, int) or block < 2:
+        raise ValueError(f"block_size={block!r}: an integer from 2 on is allowed")
+    config = OFTConfig(oft_block_size=block, target_modules=resolved_target(model, target))
+    return refuse_wrong_layers(model, config)
+
+
+def _lora_conv(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+    rank, alpha = _rank_and_alpha(settings)
+    return LoraConvConfig(r=rank, alpha=alpha, target_modules=resolved_target(model, target))
+
+
+def _lycoris(algo: str) -> Callable[[nn.Module, Mapping[str, Any], Target], PeftConfig]:
+    def build(model, settings, target):
+        rank, alpha = _rank_and_alpha(settings)
+        factor = settings.get("factor", -1)
+        return LycorisConfig(
+            algo=algo, r=rank, alpha=alpha, factor=factor, target_modules=resolved_target(model, target)
+        )
+
+    return build
+
+
+def _selective(kind: str) -> Callable[[nn.Module, Mapping[str, Any], Target], PeftConfig]:
+    def build(model, settings, target):
+        return SelectiveConfig(kind=kind, target_modules=target if isinstance(target, str) else list(target))
+
+    return build
+
+
+def _atoms_kind(name: str) -> str:
+    if "atoms_block_delta" in name:
+        return "block"
+    return "beta" if "atoms_beta" in name else "atoms"
+
+
+def _difffit_kind(name: str) -> str:
+    part = name.partition("difffit_")[2]
+    if part.startswith(("scale", "block_scale")):
+        return "scale"
+    return "bias" if "bias" in part.partition(".")[0] else "norm"
+
+
+def _always(kind: str) -> dict[str, Any]:
+    """The fields of a method all of whose parameters are of one kind."""
+    return dict(kind=lambda name: kind, main_kinds=(kind,), rates={kind: RATES[kind]})
+
+
+def _ranked(*more_settings: str) -> dict[str, Any]:
+    return dict(settings=("rank", "alpha", *more_settings), size=_rank_size, **_always("lora"))
+
+
+MATRICES = ("lora", "diff", "checkpoint")
+HADAMARD = ("lycoris", "diff", "checkpoint")
+OWN_PARAMETERS = dict(default_target="all", exports=("diff", "checkpoint"), portable=False)
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            name="atoms",
+            help="filter atoms (arXiv 2403.00269), by default on the 3×3 convolutions",
+            build=_atoms,
+            kind=_atoms_kind,
+            main_kinds=("atoms", "block"),
+            rates={kind: RATES[kind] for kind in ("atoms", "beta", "block")},
+            settings=ATOMS_SETTINGS,
+            default_target="conv3x3",
+            size=_atoms_size,
+            exports=("diff", "checkpoint"),
+        ),
+        Method(
+            name="lora",
+            help="LoRA of PEFT, by default on the projections of the attention",
+            build=_lora,
+            default_target="attn",
+            exports=MATRICES,
+            **_ranked(),
+        ),
+        Method(
+            name="locon",
+            help="LoRA of PEFT on the 3×3 convolutions: r filters, mixed by a 1×1 convolution",
+            build=_lora,
+            default_target="conv3x3",
+            exports=MATRICES,
+            **_ranked(),
+        ),
+        Method(
+            name="lora-conv",
+            help="LoRA as microsoft/LoRA has it for convolutions: B·A viewed as the filters",
+            build=_lora_conv,
+            default_target="conv3x3",
+            exports=MATRICES,  # as LoRA it has rank r·k²
+            **_ranked(),
+        ),
+        Method(
+            name="loha",
+            help="LoHa of PEFT: the product, entry by entry, of two low-rank matrices",
+            build=_loha,
+            default_target="conv3x3",
+            exports=HADAMARD,
+            **_ranked(),
+        ),
+        Method(
+            name="lokr",
+            help="LoKr of PEFT: a Kronecker product, one side of low rank",
+            build=_lokr,
+            default_target="conv3x3",
+            exports=HADAMARD,
+            **_ranked("factor"),
+        ),
+        Method(
+            name="oft",
+            help="OFT of PEFT: the inputs of the attention's projections are rotated in blocks; no strength but 1",
+            build=_oft,
+            settings=("block_size",),
+            default_target="attn",
+            size=_oft_size,
+            exports=("diff", "checkpoint"),
+            linear=False,
+            **_always("lora"),
+        ),
+        Method(
+            name="lycoris-locon",
+            help="LoCon by LyCORIS' own maths",
+            build=_lycoris("locon"),
+            default_target="conv3x3",
+            exports=("lora", *HADAMARD),
+            **_ranked(),
+        ),
+        Method(
+            name="lycoris-loha",
+            help="LoHa by LyCORIS' own maths",
+            build=_lycoris("loha"),
+            default_target="conv3x3",
+            exports=HADAMARD,
+            **_ranked(),
+        ),
+        Method(
+            name="lycoris-lokr",
+            help="LoKr by LyCORIS' own maths",
+            build=_lycoris("lokr"),
+            default_target="conv3x3",
+            exports=HADAMARD,
+            **_ranked("factor"),
+        ),
+        Method(
+            name="difffit",
+            help="DiffFit: scale vectors in the transformer blocks, biases and norm layers",
+            build=lambda model, settings, target: DiffFitConfig(),
+            kind=_difffit_kind,
+            main_kinds=("scale", "bias", "norm"),
+            rates={kind: RATES[kind] for kind in ("scale", "bias", "norm")},
+            exports=("diff", "checkpoint"),
+            portable=False,
+            linear=False,
+        ),
+        Method(
+            name="bitfit", help="BitFit: every bias", build=_selective("bias"), **OWN_PARAMETERS, **_always("bias")
+        ),
+        Method(name="norm", help="every norm layer", build=_selective("norm"), **OWN_PARAMETERS, **_always("norm")),
+        Method(name="full", help="every parameter", build=_selective("full"), **OWN_PARAMETERS, **_always("full")),
+        Method(
+            name="token",
+            help="textual inversion: only the embedding rows of the new tokens; the network carries no adapter",
+            build=lambda model, settings, target: None,
+            exports=("embedding",),
+            **_always("row"),
+        ),
+    )
+}

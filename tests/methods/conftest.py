@@ -1,0 +1,72 @@
+"""Networks on which every method is tried, small enough for milliseconds."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+
+class ConvNet(nn.Module):
+    """Every kind of convolution, norms, a Linear layer and an embedding: tokens (N, 3), x (N, 4, 9, 9) -> (N, 5)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.plain = nn.Conv2d(4, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.dilated = nn.Conv2d(8, 12, 3, dilation=2, padding=2)
+        self.circular = nn.Conv2d(12, 8, 3, padding=1, padding_mode="circular")
+        self.depthwise = nn.Conv2d(8, 8, 3, padding="same", groups=8, padding_mode="reflect")
+        self.pointwise = nn.Conv2d(8, 6, 1)
+        self.row_norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, tokens, x):
+        x = torch.tanh(self.plain(x + self.table(tokens).mean(1)[:, :, None, None]))
+        x = torch.tanh(self.strided(self.norm(x)))
+        x = x + torch.tanh(self.grouped(x))
+        x = torch.tanh(self.circular(torch.tanh(self.dilated(x))))
+        x = self.pointwise(torch.tanh(self.depthwise(x)))
+        return self.head(self.row_norm(x.mean((2, 3))))
+
+
+@pytest.fixture(scope="session")
+def convnet():
+    """-> the same ConvNet, anew each time."""
+    torch.manual_seed(0)
+    made = ConvNet().eval()
+    return lambda: copy.deepcopy(made)
+
+
+@pytest.fixture(scope="session")
+def convnet_inputs():
+    generator = torch.Generator().manual_seed(1)
+    return torch.tensor([[0, 3, 6], [1, 1, 2]]), torch.randn(2, 4, 9, 9, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def unet():
+    """-> the same UNet of Stable Diffusion's kind, anew each time."""
+    torch.manual_seed(0)
+    made = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    ).eval()
+    return lambda: copy.deepcopy(made)
+
+
+@pytest.fixture(scope="session")
+def small_unet_inputs():
+    generator = torch.Generator().manual_seed(1)
+    latents, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    return latents, torch.tensor([3, 700]), states
