@@ -46,7 +46,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
     cast_adapter_dtype(model, adapter_name)
     set_adapters(model, [adapter_name])
-    set_requires_grad(model, adapter_name)
+    set_requires_grad(model, adapter_name, not config.inference_mode)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -79,21 +79,20 @@ def set_adapters(model: nn.Module, adapters: Sequence[str], weights: Sequence[fl
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The network without its adapters for a while; what was trained before is trained again afterwards."""
-    layers = list(tuner_layers(model).values())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [layer.disable_adapters for layer in layers]
+def adapters_off(*models: nn.Module | None) -> Iterator[None]:
+    """Networks without their adapters for a while; unlike PEFT's own switch it leaves alone what requires gradients.
+
+    A None among them is a part that a pipeline lacks.
+    """
+    layers = [layer for model in models if model is not None for layer in tuner_layers(model).values()]
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer, off in zip(layers, before, strict=True):
-            layer.enable_adapters(not off)
-        model.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_()
+            layer._disable_adapters = off
 
 
 @torch.no_grad()
