@@ -1,6 +1,7 @@
 """The calls that every adapter answers, whoever wrote its tuner: PEFT's, with what PEFT leaves to its caller.
 
-They work on any network that adapters were put into: a plain module, or a model of diffusers or transformers.
+They work on any network that adapters were put into: a plain module, or a model of diffusers or transformers, but not
+on PEFT's own wrapper `PeftModel`, which has them all.
 """
 
 import contextlib
@@ -13,7 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_req
 from torch import nn
 
 from sd_atoms.errors import UserError
+from sd_atoms.methods.layer import TunedLayer
+from sd_atoms.tuner import AtomsLayer
 
+# By this, models of diffusers and transformers know that they have adapters. Their own `add_adapter` does no more, but
+# that of transformers 5.24 asks for a PEFT newer than any released.
+LOADED = "_hf_peft_config_loaded"
 Originals = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
@@ -38,12 +44,11 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            if hasattr(model, "add_adapter"):  # a model of diffusers or transformers keeps books of its own
-                model.add_adapter(config, adapter_name)
-            else:
-                inject_adapter_in_model(config, model, adapter_name)
+            inject_adapter_in_model(config, model, adapter_name)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
+    if hasattr(model, LOADED):
+        setattr(model, LOADED, True)
     cast_adapter_dtype(model, adapter_name)
     set_adapters(model, [adapter_name])
     set_requires_grad(model, adapter_name, not config.inference_mode)
@@ -99,12 +104,14 @@ def adapters_off(*models: nn.Module | None) -> Iterator[None]:
 def merge_adapters(model: nn.Module, adapters: Sequence[str] | None = None) -> Originals:
     """Puts adapters, None for the active ones, into the base's weights; returns what `unmerge_adapters` needs.
 
-    PEFT's own tuners unmerge by subtraction, which rounds; so the originals of the adapted layers are kept here.
+    PEFT's own tuners unmerge by subtraction, which rounds, so the originals of their layers are kept here; our layers
+    keep theirs.
     """
     originals = {}
     for layer in tuner_layers(model).values():
-        base = layer.get_base_layer()
-        originals[base] = {name: value.detach().clone() for name, value in base.named_parameters()}
+        if not isinstance(layer, (TunedLayer, AtomsLayer)):
+            base = layer.get_base_layer()
+            originals[base] = {name: value.detach().clone() for name, value in base.named_parameters()}
         layer.merge(adapter_names=None if adapters is None else list(adapters))
     return originals
 
@@ -124,12 +131,13 @@ def unmerge_adapters(model: nn.Module, originals: Originals) -> None:
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Takes an adapter out again; its layers stay wrapped, and compute what they would without it."""
-    if hasattr(model, "delete_adapters"):
-        model.delete_adapters(adapter_name)
-        return
     for layer in tuner_layers(model).values():
         layer.delete_adapter(adapter_name)
     model.peft_config.pop(adapter_name, None)
+    if not model.peft_config:
+        del model.peft_config
+        if hasattr(model, LOADED):
+            setattr(model, LOADED, False)
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

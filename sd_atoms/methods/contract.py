@@ -103,6 +103,7 @@ def starts_as_the_base(case: Case) -> None:
     _require(torch.equal(y, case.output(base)), case, "the output differs from the base's before any training")
     with torch.no_grad():
         _require(torch.equal(case.output(model), y), case, "the output differs where no gradients are taken")
+    _require(y.requires_grad, case, "no parameter has a gradient at the start")
     y.square().sum().backward()
     grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     moving = any(grad is not None and bool(grad.any()) for grad in grads)

@@ -1,5 +1,6 @@
 """DiffFit (arXiv 2304.06648): scale vectors γ in the transformer blocks, with biases and norm layers."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -86,8 +87,8 @@ class DiffFitLayer(SelectiveLayer):
         for adapter in adapters:
             vectors = [part[adapter] for part in (self.difffit_scale, self.difffit_block_scale) if adapter in part]
             if vectors:
-                product = vectors[0] if len(vectors) == 1 else vectors[0] * vectors[1]
-                change = self.scaling[adapter] * (product.to(mixing_dtype(product.dtype)) - 1)
+                vectors = [vector.to(mixing_dtype(vector.dtype)) for vector in vectors]
+                change = self.scaling[adapter] * (math.prod(vectors[1:], start=vectors[0]) - 1)
                 total = 1 + change if total is None else total + change
         return total
 

@@ -1,6 +1,7 @@
 """What a method of training is, to everything that is not the method itself."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ def count_trained(model: nn.Module, config: PeftConfig) -> int:
     config.inference_mode = True  # atoms are then not decomposed, which needs numbers
     name = "counted"
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the adapter is added
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error

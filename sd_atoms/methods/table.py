@@ -101,8 +101,8 @@ def _rank_size(number: int) -> dict[str, Any]:
 
 
 def _oft_size(number: int) -> dict[str, Any] | None:
-    """Powers of two, which divide the widths of most networks."""
-    return {"block_size": 2**number} if number <= 8 else None
+    """Powers of two up to 64, which divide the widths of most networks."""
+    return {"block_size": 2**number} if number <= 6 else None
 
 
 def _lora(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:

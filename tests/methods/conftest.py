@@ -7,6 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from sd_atoms.methods.adapters import add_adapter
+
 
 class ConvNet(nn.Module):
     """Every kind of convolution, norms, a Linear layer and an embedding: tokens (N, 3), x (N, 4, 9, 9) -> (N, 5)."""
@@ -57,6 +59,7 @@ def unet():
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type=None,
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=16,
@@ -70,3 +73,17 @@ def small_unet_inputs():
     generator = torch.Generator().manual_seed(1)
     latents, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
     return latents, torch.tensor([3, 700]), states
+
+
+@pytest.fixture(scope="session")
+def moved():
+    """(model, config, name, seed) -> the model with a new adapter that has a change."""
+
+    def make(model, config, name="default", seed=2):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in add_adapter(model, config, name):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        return model
+
+    return make

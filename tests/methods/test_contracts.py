@@ -9,7 +9,6 @@ from sd_atoms.methods.contract import CHECKS, Case
 
 ADAPTERS = sorted(name for name in all_methods() if name != "token")
 ON_CONVOLUTIONS = {
-    "atoms": dict(target="conv3x3"),
     "atoms, overcomplete": dict(target="conv3x3", settings=dict(m=4, m1=2)),
     "atoms, blocks": dict(target="conv", settings=dict(m=0, kc=2, block_layers="all")),
     "lora-conv": dict(target="conv3x3", settings=dict(rank=2, alpha=3)),

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from sd_atoms.methods import DiffFitConfig, LoraConvConfig, LycorisConfig, SelectiveConfig
-from sd_atoms.methods.adapters import add_adapter, set_adapters, tuner_layers
+from sd_atoms.methods.adapters import set_adapters, tuner_layers
 
 LAYERS = {
     "3x3": lambda: nn.Conv2d(8, 6, 3, padding=1),
@@ -56,15 +56,6 @@ def inputs(kind="3x3", dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def moved(model, config, name="default", seed=2):
-    """Adds an adapter and gives it a change."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in add_adapter(model, config, name):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
-
-
 def written_out(layer, tuner, adapter="default"):
     """The change of the weight by each paper's formula, entry by entry or through kron, in float64."""
     shape = layer.base_layer.weight.shape
@@ -85,8 +76,9 @@ def written_out(layer, tuner, adapter="default"):
     return (1.0 if full else 2.0 / 1) * change.reshape(shape)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("kind", "tuner"), TABLE)
-def test_the_change_is_that_of_the_formula_and_the_layer_computes_with_it(kind, tuner):
+def test_the_change_is_that_of_the_formula_and_the_layer_computes_with_it(kind, tuner, moved):
     model, plain, x = moved(net(kind), DELTAS[tuner]()), net(kind), inputs(kind)
     change = written_out(model.layer, tuner)
     assert change.norm() > 0.1
@@ -96,7 +88,7 @@ def test_the_change_is_that_of_the_formula_and_the_layer_computes_with_it(kind, 
 
 
 @pytest.mark.parametrize("tuner", DELTAS)
-def test_gradients_are_those_of_the_formula(tuner):
+def test_gradients_are_those_of_the_formula(tuner, moved):
     model, x = moved(net(), DELTAS[tuner]()), inputs()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     got = torch.autograd.grad(model(x).square().sum(), trained)
@@ -109,7 +101,7 @@ def test_gradients_are_those_of_the_formula(tuner):
 
 @pytest.mark.parametrize("tuner", DELTAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_change_is_added_in_float32_and_rounded_once(tuner, dtype):
+def test_the_change_is_added_in_float32_and_rounded_once(tuner, dtype, moved):
     model, x = moved(net(dtype=dtype), DELTAS[tuner]()), inputs(dtype=dtype)
     base, change = model.layer.base_layer, model.layer.get_delta_weight("default")
     assert change.dtype == torch.float32
@@ -120,7 +112,7 @@ def test_the_change_is_added_in_float32_and_rounded_once(tuner, dtype):
 
 
 @pytest.mark.parametrize("tuner", DELTAS)
-def test_autocast_does_not_round_the_change(tuner):
+def test_autocast_does_not_round_the_change(tuner, moved):
     model, x = moved(net(dtype=torch.float32), DELTAS[tuner]()), inputs(dtype=torch.float32)
     base, change = model.layer.base_layer, model.layer.get_delta_weight("default")
     with torch.autocast("cpu", torch.bfloat16):
@@ -129,13 +121,13 @@ def test_autocast_does_not_round_the_change(tuner):
         assert torch.equal(model.layer.get_delta_weight("default"), change)
 
 
-def test_alpha_is_the_rank_unless_set():
+def test_alpha_is_the_rank_unless_set(moved):
     assert moved(net(), LoraConvConfig(r=3, target_modules=["layer"])).layer.scaling == {"default": 1.0}
     config = LycorisConfig(algo="loha", r=4, alpha=6, target_modules=["layer"])
     assert moved(net(), config).layer.scaling == {"default": 1.5}
 
 
-def test_an_adapter_of_another_algo_takes_the_place_of_one():
+def test_an_adapter_of_another_algo_takes_the_place_of_one(moved):
     model = net()
     layer = moved(model, DELTAS["lokr"]()).layer
     layer.update_layer("default", DELTAS["locon"](), "layer")
@@ -144,160 +136,6 @@ def test_an_adapter_of_another_algo_takes_the_place_of_one():
         "lycoris_up.default",
     }
     assert torch.equal(model(inputs()), net()(inputs()))
-
-
-def selective(convnet, kind):
-    return moved(convnet().double(), SelectiveConfig(kind=kind))
-
-
-@pytest.mark.parametrize("kind", ["bias", "norm", "full"])
-def test_copies_stand_in_for_the_parameters(kind, convnet, convnet_inputs):
-    tokens, x = convnet_inputs
-    model, plain = selective(convnet, kind), convnet().double()
-    layers = tuner_layers(model)
-    norms = {"norm", "row_norm"}
-    expected = {
-        name
-        for name, _ in plain.named_parameters()
-        if kind == "full" or (kind == "bias" and name.endswith("bias")) or (kind == "norm" and name.split(".")[0] in norms)
-    }
-    found = {f"{name}.{part.removeprefix('selective_')}" for name, layer in layers.items()
-             for part in layer.adapter_layer_names if "default" in getattr(layer, part)}  # fmt: skip
-    assert found == expected
-    for name in expected:
-        layer, _, parameter = name.rpartition(".")
-        plain.get_parameter(name).data = layers[layer].copies(parameter)["default"].data
-    assert torch.equal(model(tokens, x.double()), plain(tokens, x.double()))
-
-
-def test_differences_from_the_base_add_up_by_strength(convnet, convnet_inputs):
-    tokens, x = convnet_inputs
-    model, plain = selective(convnet, "full"), convnet().double()
-    moved(model, SelectiveConfig(kind="bias"), "second", seed=3)
-    set_adapters(model, ["default", "second"], [0.25, -2.0])
-    for name, layer in tuner_layers(model).items():
-        for part, _ in layer.base_layer.named_parameters():
-            copies, value = layer.copies(part), plain.get_parameter(f"{name}.{part}").data
-            assert ("second" in copies) == (part == "bias")
-            change = 0.25 * (copies["default"].data - value)
-            change -= 2.0 * (copies["second"].data - value) if "second" in copies else 0
-            value += change
-    torch.testing.assert_close(model(tokens, x.double()), plain(tokens, x.double()), rtol=1e-10, atol=1e-10)
-
-
-def test_a_copy_of_half_precision_is_trained_finer_than_the_base_can_hold():
-    model = net(dtype=torch.bfloat16)
-    x, step = inputs(dtype=torch.bfloat16), 2.0**-12
-    y = model(x)
-    trained = add_adapter(model, SelectiveConfig(kind="full", target_modules=["layer"]))
-    copy_of = model.layer.copies("weight")["default"]
-    for number in range(1, 65):
-        with torch.no_grad():
-            for parameter in trained:
-                parameter.mul_(1 + step)
-        if number == 1:
-            assert torch.equal(model(x), y)  # below the base's precision
-    growth = copy_of / model.layer.base_layer.weight.float()
-    torch.testing.assert_close(growth, torch.full_like(growth, (1 + step) ** 64), rtol=1e-5, atol=0)
-    assert not torch.equal(model(x), y)
-
-
-def test_full_fine_tuning_computes_with_the_copies_themselves():
-    model = net(dtype=torch.float32)
-    add_adapter(model, SelectiveConfig(kind="full", target_modules=["layer"]))
-    values = model.layer.values(["default"])
-    assert values["weight"].data_ptr() == model.layer.copies("weight")["default"].data_ptr()
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        for name in ("to_q", "to_k", "to_v"):
-            setattr(self, name, nn.Linear(8, 8, bias=False))
-        self.to_out = nn.ModuleList([nn.Linear(8, 8), nn.Dropout(0.0)])
-
-    def forward(self, x):
-        weights = torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1)
-        return self.to_out[0](weights @ self.to_v(x))
-
-
-class Block(nn.Module):
-    """A transformer block with diffusers' names: x (N, T, 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(8) for _ in range(3))
-        self.attn1, self.attn2 = Attention(), Attention()
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([nn.Linear(8, 16), nn.Dropout(0.0), nn.Linear(16, 8)])
-
-    def forward(self, x):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x))
-        return x + self.ff.net[2](torch.tanh(self.ff.net[0](self.norm3(x))))
-
-
-def difffit_by_hand(block, x, part):
-    """DiffFit as its paper draws it: vectors after each projection, and after each attention and feed-forward."""
-
-    def norm(name, x):
-        return nn.functional.layer_norm(x, (8,), part(name, "weight"), part(name, "bias"))
-
-    def linear(name, x):
-        layer = block.get_submodule(name)
-        return nn.functional.linear(x, layer.weight, None if layer.bias is None else part(name, "bias"))
-
-    def attention(name, x):
-        q, k, v = (linear(f"{name}.to_{n}", x) * part(f"{name}.to_{n}", "scale") for n in "qkv")
-        out = linear(f"{name}.to_out.0", torch.softmax(q @ k.mT, -1) @ v)
-        return out * part(f"{name}.to_out.0", "scale") * part(f"{name}.to_out.0", "block_scale")
-
-    x = x + attention("attn1", norm("norm1", x))
-    x = x + attention("attn2", norm("norm2", x))
-    hidden = torch.tanh(linear("ff.net.0", norm("norm3", x)))
-    return x + linear("ff.net.2", hidden) * part("ff.net.2", "block_scale")
-
-
-def block():
-    torch.manual_seed(0)
-    return Block().double()
-
-
-def test_difffit_is_the_block_with_scale_vectors_written_out():
-    model, x = moved(block(), DiffFitConfig()), torch.randn(2, 5, 8, dtype=torch.float64)
-    layers = tuner_layers(model)
-
-    def part(name, which):
-        return getattr(layers[name], f"difffit_{which}")["default"]
-
-    torch.testing.assert_close(model(x), difffit_by_hand(block(), x, part), rtol=1e-12, atol=1e-12)
-    d = 8
-    biases_and_norms = 2 * d + (16 + d) + 3 * 2 * d  # to_out.0 of two attentions, the feed-forward, three norms
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == biases_and_norms + 11 * d
-
-
-def test_the_strength_of_difffit_moves_its_scales_towards_one():
-    model, x = block(), torch.randn(2, 5, 8, dtype=torch.float64)
-    moved(model, DiffFitConfig())
-    layer, strength = model.attn1.to_out[0], 0.3
-    set_adapters(model, ["default"], [strength])
-    product = layer.difffit_scale["default"] * layer.difffit_block_scale["default"]
-    base, copy_of = layer.base_layer, layer.copies("bias")["default"]
-    bias = base.bias + strength * (copy_of - base.bias)
-    expected = nn.functional.linear(x, base.weight, bias) * (1 + strength * (product - 1))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    change = layer.get_delta_weight("default")
-    torch.testing.assert_close(change, strength * (product - 1)[:, None] * base.weight, rtol=1e-12, atol=1e-12)
-
-
-def test_two_difffits_add_their_changes_of_the_factor():
-    model, x = block(), torch.randn(2, 5, 8, dtype=torch.float64)
-    moved(moved(model, DiffFitConfig()), DiffFitConfig(), "second", seed=3)
-    set_adapters(model, ["default", "second"], [0.5, -1.0])
-    layer = model.attn2.to_q
-    first, second = layer.difffit_scale["default"], layer.difffit_scale["second"]
-    expected = layer.base_layer(x) * (1 + 0.5 * (first - 1) - (second - 1))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
 CONFIGS = {
@@ -309,7 +147,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_calls_of_diffusers(name, unet, small_unet_inputs):
+def test_the_calls_of_diffusers(name, unet, small_unet_inputs, moved):
     def draw(model):
         with torch.no_grad():
             return model(*small_unet_inputs).sample
@@ -339,6 +177,20 @@ def test_the_calls_of_diffusers(name, unet, small_unet_inputs):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_gradient_checkpointing_gives_the_same_gradients(name, unet, small_unet_inputs, moved):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = moved(unet(), CONFIGS[name]()).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*small_unet_inputs).sample.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_of_peft_is_enough_to_load(name, unet, small_unet_inputs, tmp_path):
     model = get_peft_model(unet(), CONFIGS[name]())
     with torch.no_grad():
@@ -352,7 +204,7 @@ def test_a_folder_of_peft_is_enough_to_load(name, unet, small_unet_inputs, tmp_p
         torch.testing.assert_close(model.merge_and_unload()(*small_unet_inputs).sample, merged, rtol=1e-4, atol=1e-5)
 
 
-def test_scaling_a_layer_is_undone_exactly():
+def test_scaling_a_layer_is_undone_exactly(moved):
     layer = moved(net(), DELTAS["locon"]()).layer
     start = layer.scaling["default"]
     layer.scale_layer(0.5)
@@ -366,7 +218,7 @@ def test_scaling_a_layer_is_undone_exactly():
     assert layer.scaling == {"default": start}
 
 
-def test_a_second_merge_starts_from_the_originals():
+def test_a_second_merge_starts_from_the_originals(moved):
     model, x = moved(net(), DELTAS["locon"]()), inputs()
     moved(model, DELTAS["loha"](), "second", seed=3)
     original = model.layer.base_layer.weight.clone()
@@ -382,7 +234,7 @@ def test_a_second_merge_starts_from_the_originals():
         model.layer.unmerge()
 
 
-def test_a_safe_merge_refuses_what_is_not_finite():
+def test_a_safe_merge_refuses_what_is_not_finite(moved):
     model = moved(net(), DELTAS["locon"]())
     original = model.layer.base_layer.weight.clone()
     model.layer.lycoris_up["default"].data[0, 0] = float("nan")
@@ -392,7 +244,7 @@ def test_a_safe_merge_refuses_what_is_not_finite():
     assert not model.layer.merged
 
 
-def test_a_deep_copy_is_independent():
+def test_a_deep_copy_is_independent(moved):
     model, x = moved(net(), DELTAS["loha"]()), inputs()
     twin = copy.deepcopy(model)
     y = model(x)
@@ -403,7 +255,7 @@ def test_a_deep_copy_is_independent():
 
 
 @pytest.mark.parametrize("name", ["lora-conv", "locon", "loha", "lokr", "full"])
-def test_compiles_into_one_graph(name):
+def test_compiles_into_one_graph(name, moved):
     config = SelectiveConfig(target_modules=["layer"]) if name == "full" else DELTAS[name]()
     model, x = moved(net(dtype=torch.float32), config), inputs(dtype=torch.float32)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -441,7 +293,9 @@ def _many_norms():
 
 def test_parameters_beside_submodules_and_tied_ones_are_refused():
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(ValueError, match=r"attention holds parameters beside its sub-modules.*out_proj is read by its"):
+    with pytest.raises(
+        ValueError, match=r"attention holds parameters beside its sub-modules.*out_proj is read by its"
+    ):
         inject_adapter_in_model(SelectiveConfig(), attention)
     tied = nn.ModuleDict({"table": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     tied["head"].weight = tied["table"].weight
