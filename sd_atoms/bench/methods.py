@@ -5,61 +5,70 @@ from torch import nn
 
 from sd_atoms.atoms import filter_rows, svd_atoms
 from sd_atoms.errors import UserError
-from sd_atoms.tuner import AtomsConfig, named_targets
+from sd_atoms.methods import all_methods, get_method
+from sd_atoms.methods.adapters import add_adapter
+from sd_atoms.settings import coerced
+from sd_atoms.training.config import MethodSettings
+from sd_atoms.tuner import named_targets
 
-METHODS = {
-    "floor": "nothing is trained; the gradient goes through the frozen network to its input",
-    "atoms": "filter atoms, m=9 on the 3×3 convolutions, the form picked per call",
-    "atoms-weight": "the same, always in the weight form",
-    "atoms-activation": "the same, always in the activation form",
-    "atoms-split": "the same, always in the split form",
-    "atoms-9-4": "overcomplete filter atoms, (m, m1) = (9, 4) with β trained, on the 3×3 convolutions",
-    "lora-conv": "LoRA of PEFT, r=16 on the 3×3 convolutions",
-    "loha-conv": "LoHa of PEFT, r=4 on the 3×3 convolutions",
-    "lokr-conv": "LoKr of PEFT, r=4 on the 3×3 convolutions",
-    "lora-attn": "LoRA of PEFT, r=4 on the projections of the attention",
-    "naive": "filter atoms, F + F·B left to autograd",
+FLOOR, NAIVE = "floor", "naive"
+OTHERS = {
+    FLOOR: "nothing is trained; the gradient goes through the frozen network to its input",
+    NAIVE: "filter atoms, F + F·B left to autograd",
 }
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def parse_methods(text: str) -> list[str]:
-    """Splits "floor,atoms" and checks the names.
+    """Splits "floor,atoms,locon:rank=16" and checks it: methods with settings of theirs, floor and naive.
 
     Raises:
-        UserError: a name is unknown or comes twice.
+        UserError: a name or a setting is unknown or out of range, or one comes twice.
     """
     names = [name.strip() for name in text.split(",")]
+    known = [*OTHERS, *(name for name in all_methods() if name != "token")]
     for name in names:
-        if name not in METHODS:
-            raise UserError(f"--methods: {name!r} is unknown; {', '.join(METHODS)} are allowed")
+        if name.partition(":")[0] not in known:
+            raise UserError(f"--methods: {name!r} is unknown; {', '.join(known)} are allowed, with settings as in "
+                            "locon:rank=16")  # fmt: skip
         if names.count(name) > 1:
             raise UserError(f"--methods: {name!r} comes twice")
+        settings_of(name)
     return names
 
 
-def attach(unet: nn.Module, method: str) -> list[nn.Parameter]:
-    """Freezes the UNet and puts the method's trainable numbers in; returns them (none for the floor)."""
-    from peft import LoHaConfig, LoKrConfig, LoraConfig
+def settings_of(method: str) -> dict:
+    """The settings in "atoms:m=9:m1=4".
 
+    Raises:
+        UserError: one is unknown or out of range.
+    """
+    settings = {}
+    for text in method.split(":")[1:]:
+        name, _, value = text.partition("=")
+        try:
+            settings[name] = coerced(MethodSettings, name, {"true": True, "false": False}.get(value.lower(), value))
+        except ValueError as error:
+            raise UserError(f"--methods: {method}: {name}: {error}") from error
+    return settings
+
+
+def description(method: str) -> str:
+    """A method in one line."""
+    name = method.partition(":")[0]
+    return OTHERS[name] if name in OTHERS else get_method(name).help
+
+
+def attach(unet: nn.Module, method: str) -> list[nn.Parameter]:
+    """Freezes the UNet and puts the method's trainable parameters in; returns them (none for the floor)."""
     unet.requires_grad_(False)
-    if method == "naive":
-        for name in named_targets(unet, "conv3x3"):
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, NaiveAtomsConv2d(unet.get_submodule(name)))
-    elif method == "lora-attn":
-        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION))
-    elif method == "lora-conv":
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=named_targets(unet, "conv3x3")))
-    elif method == "loha-conv":
-        unet.add_adapter(LoHaConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
-    elif method == "lokr-conv":
-        unet.add_adapter(LoKrConfig(r=4, alpha=4, target_modules=named_targets(unet, "conv3x3")))
-    elif method == "atoms-9-4":
-        unet.add_adapter(AtomsConfig(m=9, m1=4, target_modules="conv3x3"))
-    elif method != "floor":
-        form = method.removeprefix("atoms").removeprefix("-") or "auto"
-        unet.add_adapter(AtomsConfig(m=9, target_modules="conv3x3", form=form))
+    name, settings = method.partition(":")[0], settings_of(method)
+    if name == NAIVE:
+        for layer in named_targets(unet, "conv3x3"):
+            parent, _, child = layer.rpartition(".")
+            setattr(unet.get_submodule(parent), child, NaiveAtomsConv2d(unet.get_submodule(layer)))
+    elif name != FLOOR:
+        target = settings.pop("target", None)
+        add_adapter(unet, get_method(name).make_config(unet, settings, target))
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 

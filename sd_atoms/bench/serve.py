@@ -50,7 +50,7 @@ def bench_serve(
     resolution_px = resolution_px or config["sample_size"] * VAE_FACTOR
     inputs = step_inputs(config, 2, resolution_px, device, DTYPES[dtype])
     base = build_unet(config, device, DTYPES[dtype]).eval().requires_grad_(False)
-    atoms, lora = (_adapted(base, config, method) for method in ("atoms", "lora-conv"))
+    atoms, lora = (_adapted(base, config, method) for method in ("atoms", "locon:rank=16"))
     ways: dict[str, Callable] = {
         "base": lambda: _draw(base, inputs, steps),
         "atoms unmerged": lambda: _draw(atoms, inputs, steps),

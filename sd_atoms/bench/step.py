@@ -14,7 +14,7 @@ from tqdm import tqdm
 import sd_atoms
 from sd_atoms.bench.architectures import latent_size
 from sd_atoms.bench.measuring import check_device, describe, machine_info
-from sd_atoms.bench.methods import METHODS
+from sd_atoms.bench.methods import description
 from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline.architectures import unet_config
 from sd_atoms.report.table import text_table
@@ -118,7 +118,7 @@ def summarise(runs: dict[str, list[dict]], failures: dict[str, str]) -> list[dic
     """One entry per method: medians, extremes, ratios to the floor (None without a floor), and the raw seconds."""
     entries = []
     for method, results in runs.items():
-        entry = {"method": method, "description": METHODS[method], "failure": failures.get(method)}
+        entry = {"method": method, "description": description(method), "failure": failures.get(method)}
         if method not in failures:
             seconds = [value for result in results for value in result["seconds"]]
             entry |= {

@@ -54,9 +54,9 @@ class Step:
     architecture: Architecture = section(Architecture)
     workload: Workload = section(Workload)
     methods: str = setting(
-        "floor,atoms,lora-conv,loha-conv,lokr-conv,lora-attn,naive",
+        "floor,atoms,lora,locon:rank=16,loha,lokr,naive",
         WHAT,
-        "comma-separated; also atoms-weight, atoms-activation, atoms-split, atoms-9-4",
+        "comma-separated: floor, naive and every method that trains a UNet, with settings as in atoms:m1=4",
     )
     steps: int = setting(2, HOW, "steps per run, after one warm-up", low=1)
     device: Device = section(Device)

@@ -8,9 +8,10 @@ from sd_atoms.data.prompts import load_prompts, parse_seeds
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.metrics import drift
 from sd_atoms.files import write_json
-from sd_atoms.generation import Request, base_alone, generate
+from sd_atoms.generation import Request, generate
 from sd_atoms.machine import make_accelerator, on_main
-from sd_atoms.pipeline import load_atoms, open_base, read_artefact
+from sd_atoms.methods.adapters import adapters_off
+from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import check_drawn_size
@@ -86,7 +87,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
     features = ClipFeatures(clip, accelerator.device)
     pipe = open_base(base, device=accelerator.device)
     check_drawn_size(pipe, sampling.resolution)
-    load_atoms(pipe, artefact)
+    load_adapter(pipe, artefact)
     values = drift_by_prompt(pipe, prompts, numbers, sampling, features, accelerator)
     values = on_main(accelerator, lambda: values)
     return {
@@ -121,7 +122,7 @@ def drift_by_prompt(
         `metrics.drift` of each prompt over the seeds; on processes other than the main one an empty list.
     """
     requests = [Request(prompt, seed, "") for prompt in prompts for seed in seeds]
-    with base_alone(pipe):
+    with adapters_off(pipe.unet, pipe.text_encoder):
         base = [image for _, image in generate(pipe, requests, sampling, accelerator)]
     adapted = [image for _, image in generate(pipe, requests, sampling, accelerator)]
     if not adapted:

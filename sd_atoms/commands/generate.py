@@ -7,9 +7,10 @@ from pathlib import Path
 from sd_atoms.data.prompts import fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
-from sd_atoms.generation import Request, base_alone, generate_missing, making_notes, read_images
+from sd_atoms.generation import Request, generate_missing, making_notes, read_images
 from sd_atoms.machine import make_accelerator
-from sd_atoms.pipeline import DTYPES, load_atoms, open_base, read_artefact
+from sd_atoms.methods.adapters import adapters_off, set_adapters
+from sd_atoms.pipeline import DTYPES, load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.sampling import SCHEDULERS
 from sd_atoms.pipeline.sizes import check_drawn_size
@@ -75,8 +76,9 @@ def run(config: Settings) -> Path:
         base, revision=config.revision, variant=config.variant, dtype=DTYPES[config.dtype], device=accelerator.device
     )
     check_drawn_size(pipe, sampling.resolution)
-    load_atoms(pipe, artefact)
-    pipe.set_adapters(["default"], [config.adapter_scale])
+    load_adapter(pipe, artefact)
+    for part in (pipe.unet, pipe.text_encoder):
+        set_adapters(part, ["default"], [config.adapter_scale])
     requests = _requests(templates, token, seeds, "")
     notes = making_notes(Path(config.adapter).name, base) | {
         "adapter_digest": artefact.digest(),
@@ -87,7 +89,7 @@ def run(config: Settings) -> Path:
     base_requests = _requests(templates, base_token, seeds, "base-") if config.compare_base else []
     if config.compare_base:
         notes = making_notes("none", base) | {"dtype": config.dtype}
-        with base_alone(pipe):
+        with adapters_off(pipe.unet, pipe.text_encoder):
             generate_missing(pipe, accelerator, base_requests, sampling, out, notes, config.overwrite)
     if accelerator.is_main_process:
         rows, labels = [], []

@@ -21,7 +21,7 @@ from sd_atoms.report.sweep import SCORE_FORMULA, Entry, harmonic_mean, in_order,
 from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve
 from sd_atoms.training.checkpoint import checkpoints
 from sd_atoms.training.config import TrainConfig
-from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CHECKPOINTS, CONFIG, LOG, METRICS, changed_settings, read_log
 
 TABLE, NUMBERS, PLOT = "sweep.md", "sweep.json", "sweep.png"
@@ -194,7 +194,7 @@ def changes_of(point: Point) -> list[str]:
     """How the run in a point's folder differs from what the point would be; nothing where there is no run. The folder
     may have been moved."""
     path = Path(point.config.output.output_dir) / CONFIG
-    return changed_settings(with_rates(point.config), path, {"output_dir"}) if path.exists() else []
+    return changed_settings(with_defaults(point.config), path, {"output_dir"}) if path.exists() else []
 
 
 def is_finished(point: Point) -> bool:

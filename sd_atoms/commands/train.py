@@ -19,9 +19,10 @@ from sd_atoms.doctor import preflight
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.concept import mean_scores, score_concept
 from sd_atoms.files import replacing, write_json
-from sd_atoms.generation import Request, base_alone, generate, generate_missing, making_notes, read_images, save_image
+from sd_atoms.generation import Request, generate, generate_missing, making_notes, read_images, save_image
 from sd_atoms.machine import make_accelerator, on_main, precision_here
-from sd_atoms.pipeline import open_base, save_atoms
+from sd_atoms.methods.adapters import adapters_off
+from sd_atoms.pipeline import open_base, save_adapter
 from sd_atoms.pipeline.header import Header
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.pipeline.sampling import Sampling
@@ -33,10 +34,10 @@ from sd_atoms.settings import launcher_notes, replaced
 from sd_atoms.training.class_images import class_image_paths
 from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
 from sd_atoms.training.dataset import class_prompts, make_dataset
-from sd_atoms.training.diffusion import Outcome, add_adapters, train_diffusion
+from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diffusion
 from sd_atoms.training.examples import Cropping
 from sd_atoms.training.objective import noising
-from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import ADAPTER, CURVES, IMAGES, LOG, METRICS, check_output, open_run, read_log
 
 Settings = TrainConfig
@@ -51,7 +52,7 @@ def run(config: TrainConfig) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
     """
     # Everything that can be wrong, before anything is written
-    config = with_rates(replaced(config, mixed_precision=precision_here(config.precision.mixed_precision)))
+    config = with_defaults(replaced(config, mixed_precision=precision_here(config.precision.mixed_precision)))
     folder, name = Path(config.output.output_dir), run_name(config)
     base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
     accelerator = make_accelerator(
@@ -72,6 +73,9 @@ def run(config: TrainConfig) -> Path:
     set_seed(seed)
     pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
     config = replaced(config, resolution=training_resolution_px(pipe, config.data.resolution))
+    if config.method.budget is not None:
+        config = sized(config, pipe.unet)
+        notes.append(f"budget: {config.method.given()} of method {config.method.method}")
     noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
     for token in config.tokens:
         check_new_token(pipe, token, config.tokens)
@@ -102,8 +106,8 @@ def run(config: TrainConfig) -> Path:
     # Save
     about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
     if accelerator.is_main_process:
-        save_atoms(pipe, folder / ADAPTER, tokens=config.tokens, about=about)
-        save_atoms(pipe, folder / f"{name}.safetensors", tokens=config.tokens, about=about)
+        save_adapter(pipe, folder / ADAPTER, tokens=config.tokens, about=about)
+        save_adapter(pipe, folder / f"{name}.safetensors", tokens=config.tokens, about=about)
 
     # Draw
     sets = [image_sets(config.images, config.output, concepts, concept, templates) for concept in concepts]
@@ -112,7 +116,7 @@ def run(config: TrainConfig) -> Path:
     adapter_notes = making_notes(f"{name}.safetensors", base)
     generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, adapter_notes, anew)
     requests = [request for own in sets for kind in ("base-instance", "base-prompt") for request in own[kind]]
-    with base_alone(pipe):
+    with adapters_off(pipe.unet, pipe.text_encoder):
         generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, making_notes("none", base), anew)
 
     # Report
@@ -219,6 +223,7 @@ def header(config: TrainConfig, outcome: Outcome, processes: int, images: int) -
     """What the adapter's file says of its making."""
     loop = config.loop
     return Header(
+        method=outcome.method,
         base=config.base.pretrained_model_name_or_path,
         tokens={
             token: word

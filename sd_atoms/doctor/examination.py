@@ -27,7 +27,7 @@ from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.sources import packaged_path, resolve_source
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.objective import noising
-from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import check_output
 from sd_atoms.training.steps import steps_of
 
@@ -40,7 +40,7 @@ def doctor(config: TrainConfig) -> None:
     Raises:
         UserError: there are errors among it.
     """
-    config = with_rates(config)
+    config = with_defaults(config)
     sources, findings = _sources(config)
     accelerator = make_accelerator()
     pipe = None

@@ -66,8 +66,8 @@ def run_memory(config: TrainConfig, pipe, trained: int, resolution: int, process
     )
     needed = memory_needed(numbers, trained, activations, config.precision.mixed_precision)
     if pipe.device.type == "cuda":
-        return [memory(needed, torch.cuda.mem_get_info(pipe.device)[0] + held)]
-    return [memory(needed * processes, psutil.virtual_memory().available + held * processes)]
+        return [memory(needed, torch.cuda.mem_get_info(pipe.device)[0] + held, trained)]
+    return [memory(needed * processes, psutil.virtual_memory().available + held * processes, trained * processes)]
 
 
 def memory_needed(numbers: int, trained: int, activations: float, precision: str) -> float:
@@ -97,11 +97,15 @@ def activation_bytes(channels: int, positions: int, batch: int, precision: str, 
     return (WORKSPACE_BYTES + kept) * (1 if precision == "no" else 0.5)
 
 
-def memory(needed: float, free: float) -> Finding:
-    """Whether a device has the memory: a fact or a warning."""
+def memory(needed: float, free: float, trained: int = 0) -> Finding:
+    """Whether a device has the memory: a fact, a warning, or an error where what is trained alone does not fit."""
     text = f"about {bytes_text(needed)} are needed, {bytes_text(free)} are free"
     if needed <= free:
         return Finding("fact", "memory", text)
+    states = 4 * FLOAT32 * trained
+    if states > free:
+        text += f"; {bytes_text(states)} of it for {trained:,} trained parameters, their gradients and AdamW's moments"
+        return Finding("error", "memory", text, "choose a method that trains less")
     fix = (
         "lower train_batch_size and raise gradient_accumulation_steps, set gradient_checkpointing, or lower resolution"
     )

@@ -1,51 +1,46 @@
 """The plan of a run beside what the base allows and what is usual: targets, rates, intervals, class images."""
 
-import re
 
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
 
 from sd_atoms.data.images import scan_folder
-from sd_atoms.doctor.findings import Finding, plural, shortlist
+from sd_atoms.doctor.findings import Finding, plural
 from sd_atoms.errors import UserError
 from sd_atoms.settings import replaced
 from sd_atoms.training.config import TrainConfig
-from sd_atoms.training.diffusion import adapter_config, text_adapter_config
-from sd_atoms.training.optimiser import RATE_NAMES, with_rates
-from sd_atoms.tuner import TARGET_SETS, AtomsConfig, layer_plan, named_targets
+from sd_atoms.training.diffusion import adapter_config, sized, text_adapter_config
+from sd_atoms.training.optimiser import RATE_NAMES, with_defaults
 
 FAR_RATE = 30  # factor; the rates of all modes lie within one of 100
 
 
 def trainable_params(config: TrainConfig, pipe) -> tuple[int, list[Finding]]:
-    """How many numbers a run trains; an error where the settings fit no layer, or not all of them."""
-    method, text = config.method, config.text
+    """How many parameters a run trains; an error where the settings fit no layer, or not all of them."""
+    text, method, parts = config.text, config.method.chosen(), {}
     try:
-        parts = {"atoms": _planned(pipe.unet, adapter_config(method, config.loop.seed))}
-    except (ValueError, re.error) as error:
-        fix = "conv3x3 takes m up to 9, 1x1 and Linear layers take kc"
-        return 0, [Finding("error", f"target={method.target!r}, m={method.m}", str(error), fix)]
+        config = sized(config, pipe.unet)
+        adapter = adapter_config(pipe.unet, config)
+        if adapter is not None:
+            parts[method.name] = method.count(pipe.unet, adapter)
+        if text.train_text_encoder:
+            parts["the text encoder"] = method.count(pipe.text_encoder, text_adapter_config(text, config.loop.seed))
+    except UserError as error:
+        fix = "conv3x3 takes m up to 9, 1x1 and Linear layers take kc" if method.name == "atoms" else ""
+        return 0, [Finding("error", "target", str(error), fix)]
     if text.train_token_embedding:
         width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
         parts["embedding rows"] = width * len(config.tokens)
-    if text.train_text_encoder:
-        settings = text_adapter_config(text, config.loop.seed)
-        if isinstance(settings, LoraConfig):
-            ends = tuple(settings.target_modules)
-            layers = [layer for name, layer in pipe.text_encoder.named_modules() if name.endswith(ends)]
-            parts["the text encoder"] = settings.r * sum(sum(layer.weight.shape) for layer in layers)
-        else:
-            parts["the text encoder"] = _planned(pipe.text_encoder, settings)
     listed = " and ".join(f"{count:,} of {part}" for part, count in parts.items())
     return sum(parts.values()), [Finding("fact", "trained numbers", listed)]
 
 
 def rates(config: TrainConfig) -> list[Finding]:
     """A warning for each learning rate in use that is far from what is usual in its mode; 0 is somebody's choice."""
-    usual = with_rates(replaced(config, **dict.fromkeys(RATE_NAMES))).optimiser
-    method, text = config.method, config.text
-    in_use = (True, method.m1 and method.train_beta, text.train_token_embedding, text.train_text_encoder)
+    method, text = config.method.chosen(), config.text
+    if not method.rates:
+        return []  # of no usual rate
+    usual = with_defaults(replaced(config, **dict.fromkeys(RATE_NAMES))).optimiser
+    overcomplete = config.method.m1 and config.method.train_beta
+    in_use = (True, overcomplete, text.train_token_embedding, text.train_text_encoder)
     findings = []
     for name, used in zip(RATE_NAMES, in_use, strict=True):
         rate, expected = getattr(config.optimiser, name), getattr(usual, name)
@@ -96,24 +91,3 @@ def missing_class_images(config: TrainConfig) -> dict[str, int]:
             own = 0
         missing[concept.class_data_dir] = max(0, config.prior.num_class_images - own)
     return missing
-
-
-def _planned(model: nn.Module, settings: AtomsConfig) -> int:
-    """The numbers that an adapter would train in a model; ValueError where it does not fit."""
-    target = settings.target_modules
-    if isinstance(target, str) and target in TARGET_SETS:
-        names = set(named_targets(model, target))
-    else:
-        names = {name for name, _ in model.named_modules() if bool(check_target_module_exists(settings, name))}
-    if not names:
-        raise ValueError(f"matches no layer of {type(model).__name__}")
-    total, unfit = 0, []
-    for name, layer in model.named_modules():
-        if name in names:
-            try:
-                total += layer_plan(settings, name, layer).trainable_params(layer, settings.train_beta)
-            except ValueError as error:
-                unfit.append(f"{name} {error}")
-    if unfit:
-        raise ValueError(f"{len(unfit)} layers do not fit: {shortlist(unfit)}")
-    return total

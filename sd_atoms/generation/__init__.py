@@ -1,12 +1,11 @@
 """Images from prompts and seeds, one by one or into a folder that can be stopped and continued."""
 
-from sd_atoms.generation.folder import base_alone, generate_missing, making_notes, read_images
+from sd_atoms.generation.folder import generate_missing, making_notes, read_images
 from sd_atoms.generation.generate import Request, generate
 from sd_atoms.generation.png import image_notes, save_image
 
 __all__ = [
     "Request",
-    "base_alone",
     "generate",
     "generate_missing",
     "image_notes",

@@ -1,7 +1,6 @@
 """A folder of images that can be stopped and continued."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,13 +74,3 @@ def _is_there(path: Path, notes: Mapping[str, str]) -> bool:
 def _notes(request: Request, sampling: Sampling, notes: Mapping[str, str]) -> dict[str, str]:
     drawn = {"prompt": request.prompt, "seed": request.seed, **asdict(sampling)}
     return {key: str(value) for key, value in {**drawn, **notes}.items()}
-
-
-@contextlib.contextmanager
-def base_alone(pipe) -> Iterator[None]:
-    """Draws without any adapter for a while, neither in the UNet nor in the text encoder."""
-    pipe.disable_lora()
-    try:
-        yield
-    finally:
-        pipe.enable_lora()

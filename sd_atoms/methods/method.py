@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import set_requires_grad
 from torch import nn
 
@@ -19,6 +19,7 @@ Target = str | Sequence[str] | None
 KINDS = ("atoms", "beta", "block", "lora", "bias", "norm", "scale", "row", "full")
 LARGEST_SIZE = 2**16
 BUDGET_FACTOR = 1.5
+COUNTED = "counted"  # name of an adapter that is only counted
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,34 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def count_trained(model: nn.Module, config: PeftConfig) -> int:
     """As `Method.count`, for a skeleton, whose copy takes the adapter."""
+    model = _adapted_skeleton(model, config)
+    set_requires_grad(model, COUNTED)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def adapter_shapes(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the state that PEFT keeps of an adapter of that config in a network, which is not changed.
+
+    Raises:
+        UserError: the network cannot take it; one line.
+    """
+    adapted = _adapted_skeleton(skeleton(model), config)
+    state = get_peft_model_state_dict(adapted, adapter_name=COUNTED, save_embedding_layers=False)
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _adapted_skeleton(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """A copy of a skeleton with an adapter named COUNTED."""
     model, config = copy.deepcopy(model), copy.deepcopy(config)
     model.requires_grad_(False)
     config.inference_mode = True  # atoms are then not decomposed, which needs numbers
-    name = "counted"
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the adapter is added
-            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, model, COUNTED, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
-    set_requires_grad(model, name)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return model
 
 
 class Sized(NamedTuple):

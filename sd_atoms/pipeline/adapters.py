@@ -2,30 +2,32 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft.mapping
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.functional import cast_adapter_dtype
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sd_atoms.errors import AtomsWarning, UserError
+from sd_atoms.methods import all_methods
+from sd_atoms.methods.adapters import add_adapter, set_adapters
+from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import Artefact, by_layer, read_artefact, unexpected_keys, write_artefact
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
-from sd_atoms.pipeline.lora import check_lora_swap, lora_config, lora_shapes, swap_lora
+from sd_atoms.pipeline.lora import check_lora_swap, lora_config, swap_lora
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap_adapter
 
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "peft")
 
 
-def save_atoms(
+def save_adapter(
     pipe,
     path: str | Path,
     adapter_name: str = "default",
@@ -34,12 +36,13 @@ def save_atoms(
     dtype: str = "fp32",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Saves one adapter of `pipe.unet`, with its placeholder tokens, as a folder or as one file.
+    """Saves one adapter of `pipe.unet`, of any method, with its placeholder tokens, as a folder or as one file.
 
     The text encoder's adapter of that name, if it has one, comes with it.
 
     Args:
-        pipe: a pipeline whose `unet` carries the adapter; with `tokens` also `tokenizer` and `text_encoder`.
+        pipe: a pipeline whose `unet` carries the adapter, or none with tokens alone; with `tokens` also `tokenizer`
+            and `text_encoder`.
         path: a folder, or a file ending in .safetensors.
         adapter_name: which adapter.
         tokens: placeholder tokens to store with their embedding rows.
@@ -53,20 +56,23 @@ def save_atoms(
         UserError: no such adapter, an unknown dtype, a text encoder's adapter that is neither atoms nor plain LoRA, or
             the place cannot be written to.
     """
-    if adapter_name not in _adapters(pipe, "unet"):
+    config = _adapters(pipe, "unet").get(adapter_name)
+    if config is None and not tokens:
         raise UserError(f"adapter_name: {adapter_name!r} is not loaded; there are {_loaded(pipe)}")
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    state = get_peft_model_state_dict(pipe.unet, adapter_name=adapter_name)
-    artefact = Artefact(pipe.unet.peft_config[adapter_name], state)
-    about = {
-        **(about or {}),
-        "fingerprint": to_text(_fingerprint(_base_weights(pipe.unet, artefact.layers))),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
+    state = {}
+    if config is not None:
+        state = get_peft_model_state_dict(pipe.unet, adapter_name=adapter_name, save_embedding_layers=False)
+    about = dict(about or {}) | {"versions": {name: version(name) for name in LIBRARIES}}
+    if config is not None:
+        about["fingerprint"] = to_text(_fingerprint(_base_weights(pipe.unet, touched_layers(pipe.unet, state))))
     text_config, text_state = _text_part(pipe, adapter_name)
-    artefact = Artefact(artefact.config, state, placeholder_rows(pipe, list(tokens)), about, text_config, text_state)
+    artefact = Artefact(config, state, placeholder_rows(pipe, list(tokens)), about, text_config, text_state)
     return write_artefact(artefact, path, DTYPES[dtype])
+
+
+save_atoms = save_adapter
 
 
 def load_atoms(
@@ -77,28 +83,50 @@ def load_atoms(
     revision: str | None = None,
     hotswap: bool = False,
 ) -> Artefact:
-    """Loads an adapter and its placeholder tokens into a pipeline, and makes it the active one.
+    """Loads filter atoms and their placeholder tokens into a pipeline, as `load_adapter` does.
+
+    Orthonormal atoms are not decomposed again; the coefficients of sparse ones are encoded at first use.
+
+    Raises:
+        UserError: as `load_adapter`, or the adapter is of another method.
+    """
+    artefact = source if isinstance(source, Artefact) else read_artefact(source, revision)
+    if not artefact.is_atoms:
+        raise UserError(f"{artefact.source}: its method is {artefact.method}, not atoms; load_adapter takes it")
+    return load_adapter(pipe, artefact, adapter_name, hotswap=hotswap)
+
+
+def load_adapter(
+    pipe,
+    source: str | Path | Artefact,
+    adapter_name: str = "default",
+    *,
+    revision: str | None = None,
+    hotswap: bool = False,
+) -> Artefact:
+    """Loads an adapter of any method, and its placeholder tokens, into a pipeline, and makes it the active one.
 
     What it has for the text encoder goes there under the same name. All is checked before anything is changed.
-    Orthonormal atoms are not decomposed again; the coefficients of sparse ones are encoded at first use. Afterwards
-    `pipe.set_adapters`, `disable_lora`, `delete_adapters`, `fuse_lora` work on it as on any LoRA.
+    Afterwards `pipe.set_adapters`, `disable_lora`, `delete_adapters`, `fuse_lora` work on it as on any LoRA.
 
     Args:
         pipe: any diffusers pipeline with a `unet` (and `tokenizer` and `text_encoder` if the adapter has tokens or a
             part for the text encoder).
-        source: a folder, one .safetensors file, a hub id, or an `Artefact` already read.
+        source: a folder as we or PEFT write it, one .safetensors file, a hub id, or an `Artefact` already read.
         adapter_name: the name it gets in the pipeline.
         revision: git revision of a hub id.
         hotswap: write the numbers into the adapter of that name that is loaded, in place: nothing is added, moved or
-            compiled anew, and which adapters are active, and how strongly, stays. The new adapter may have fewer
-            layers, fewer atoms and a lower rank than the old. A placeholder token of both gets the new row.
+            compiled anew, and which adapters are active, and how strongly, stays. Of atoms and LoRA; the new adapter
+            may have fewer layers, fewer atoms and a lower rank than the old. A placeholder token of both gets the new
+            row.
 
     Returns:
         What was read: its `about` says what the adapter was trained on and how.
 
     Raises:
         UserError: the adapter cannot be read, the name is taken (with `hotswap`: is not, or the two adapters are of
-            different kinds), layers or shapes do not fit this base, or a token is there with another row.
+            different kinds), layers or shapes do not fit this base, the method means nothing on another base than its
+            own and this is one, or a token is there with another row.
 
     Warns:
         AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance.
@@ -106,7 +134,8 @@ def load_atoms(
     artefact = source if isinstance(source, Artefact) else read_artefact(source, revision)
     label, config, text_config = artefact.source, artefact.config, artefact.text_config
     _check_name(pipe, artefact, adapter_name, hotswap)
-    _check_layers(label, "this base", pipe.unet, config, artefact.state)
+    if config is not None:
+        _check_layers(label, "this base", pipe.unet, config, artefact.state)
     if text_config is not None:
         _check_layers(label, "this base's text encoder", pipe.text_encoder, text_config, artefact.text_state)
     if hotswap:
@@ -117,48 +146,26 @@ def load_atoms(
         except ValueError as error:
             raise UserError(f"{label}: {error}") from error
     check_placeholder_rows(pipe, artefact.tokens, replace=hotswap)
-    _check_base(label, artefact, _base_weights(pipe.unet, artefact.layers))
+    if config is not None:
+        _check_base(artefact, _base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state)))
 
     add_placeholder_tokens(pipe, artefact.tokens, replace=hotswap)
-    if hotswap:
-        swap_adapter(pipe.unet, adapter_name, config, artefact.state)
-        if isinstance(text_config, LoraConfig):
-            swap_lora(pipe.text_encoder, adapter_name, text_config, artefact.text_state)
-        elif text_config is not None:
-            swap_adapter(pipe.text_encoder, adapter_name, text_config, artefact.text_state)
-        return artefact
-    with warnings.catch_warnings():  # PEFT wonders at a second adapter that diffusers adds
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        pipe.unet.add_adapter(config, adapter_name)
-    set_peft_model_state_dict(pipe.unet, artefact.state, adapter_name)
-    if text_config is not None:
-        add_text_adapter(pipe.text_encoder, copy.deepcopy(text_config), adapter_name)
-        set_peft_model_state_dict(pipe.text_encoder, artefact.text_state, adapter_name)
-    elif getattr(pipe, "text_encoder", None) is not None:
-        _activate(pipe.text_encoder, adapter_name)  # what another adapter has there is not of this one
+    parts = [
+        (pipe.unet, config, artefact.state),
+        (getattr(pipe, "text_encoder", None), text_config, artefact.text_state),
+    ]
+    for model, own, state in parts:
+        if own is None:
+            if model is not None and not hotswap:
+                set_adapters(model, [adapter_name])  # what another adapter has there is not of this one
+        elif hotswap and isinstance(own, LoraConfig):
+            swap_lora(model, adapter_name, own, state)
+        elif hotswap:
+            swap_adapter(model, adapter_name, own, state)
+        else:
+            add_adapter(model, copy.deepcopy(own), adapter_name)
+            set_peft_model_state_dict(model, state, adapter_name)
     return artefact
-
-
-def add_text_adapter(text_encoder: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
-    """Adds an adapter to a text encoder and makes it the active one; its numbers are float32, whatever the base is.
-
-    The text encoder's own `add_adapter` would do, but asks for a PEFT newer than any released (transformers 5.24).
-
-    Raises:
-        ValueError: the targets or settings do not fit.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, text_encoder, adapter_name)
-    text_encoder._hf_peft_config_loaded = True  # by this, diffusers and transformers know that it has adapters
-    cast_adapter_dtype(text_encoder, adapter_name)
-    _activate(text_encoder, adapter_name, config.inference_mode)
-
-
-def _activate(model: nn.Module, adapter_name: str, inference_mode: bool = True) -> None:
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter(adapter_name, inference_mode=inference_mode)
 
 
 def _text_part(pipe, adapter_name: str) -> tuple[PeftConfig | None, dict[str, torch.Tensor]]:
@@ -181,13 +188,31 @@ def _text_part(pipe, adapter_name: str) -> tuple[PeftConfig | None, dict[str, to
     return config, state
 
 
-def _base_weights(unet, layers: list[str]) -> dict[str, torch.Tensor]:
+def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
+    """The layers with a weight that the entries of a state ("<layer>.<part>", parts with dots in them too) are of."""
+    layers = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    found = {}
+    for key in state:
+        name = key.rpartition(".")[0]
+        while name and name not in layers:
+            name = name.rpartition(".")[0]
+        found[name] = None
+    return [name for name in found if name]
+
+
+def _base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
     """layer -> its base weight, without adapters."""
-    modules = dict(unet.named_modules())
-    return {
-        layer: modules[layer].base_weight if isinstance(modules[layer], AtomsLayer) else modules[layer].weight
-        for layer in layers
-    }
+    modules = dict(model.named_modules())
+    weights = {}
+    for name in layers:
+        layer = modules[name]
+        if isinstance(layer, AtomsLayer):
+            weights[name] = layer.base_weight
+        elif hasattr(layer, "original"):  # of our other tuners
+            weights[name] = layer.original("weight")
+        else:
+            weights[name] = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
+    return weights
 
 
 def _adapters(pipe, part: str) -> dict[str, PeftConfig]:
@@ -221,33 +246,44 @@ def _kind(config: PeftConfig | None) -> str:
 
 
 def _check_layers(label: str, place: str, model: nn.Module, config: PeftConfig, state) -> None:
-    modules, misfits, taken = dict(model.named_modules()), [], []
-    shapes = by_layer(state)
-    for name, found in shapes.items():
-        layer = modules.get(name)
-        if _carries_others(layer, config):
-            taken.append(name)
+    modules, layers = dict(model.named_modules()), touched_layers(model, state)
+    taken = [name for name in layers if _carries_others(modules[name], config)]
+    if isinstance(config, AtomsConfig):
+        found, expected = by_layer(state), _atoms_shapes(modules, config, by_layer(state))
+        what, misfits = "layers", [name for name in found if found[name] != expected[name]]
+    else:
+        found = {key: tuple(value.shape) for key, value in state.items()}
         try:
-            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            if isinstance(config, LoraConfig):
-                expected = lora_shapes(config, name, layer)
-            else:
-                expected = layer_plan(config, name, layer).shapes(layer, config.train_beta)
-        except ValueError:  # no such layer, or one that the adapter does not take
-            expected = None
-        if found != expected:
-            misfits.append(name)
-    for names, what in (
-        (misfits, f"made for another architecture, {len(misfits)} of its {len(shapes)} layers do not fit {place}"),
+            expected = adapter_shapes(model, config) if not taken else found
+        except UserError as error:
+            raise UserError(f"{label}: made for another architecture, it does not fit {place} ({error})") from error
+        what = "tensors"
+        misfits = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+    for names, text in (
         (taken, f"{len(taken)} of its layers carry adapters of another kind in {place}; delete those first"),
+        (misfits, f"made for another architecture, {len(misfits)} of its {len(found)} {what} do not fit {place}"),
     ):
         if names:
-            raise UserError(f"{label}: {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+            raise UserError(f"{label}: {text} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+
+
+def _atoms_shapes(modules: Mapping[str, nn.Module], config: AtomsConfig, names: Iterable[str]) -> dict[str, dict]:
+    """What atoms of that config have in those layers; nothing where there is no such layer, or it takes none. Faster
+    than `adapter_shapes`, for hot-swaps."""
+    expected = {}
+    for name in names:
+        layer = modules.get(name)
+        try:
+            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            expected[name] = layer_plan(config, name, layer).shapes(layer, config.train_beta)
+        except ValueError:
+            expected[name] = None
+    return expected
 
 
 def _carries_others(layer: nn.Module | None, config: PeftConfig) -> bool:
     """Whether a layer has adapters of another kind: of two kinds in one layer, the outer does not see the inner."""
-    own = LoraLayer if isinstance(config, LoraConfig) else AtomsLayer
+    own = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
     while isinstance(layer, BaseTunerLayer):
         if not isinstance(layer, own) and layer._get_available_adapters():
             return True
@@ -256,28 +292,34 @@ def _carries_others(layer: nn.Module | None, config: PeftConfig) -> bool:
 
 
 def _check_swap(model: nn.Module, adapter_name: str, config: PeftConfig, state) -> None:
+    loaded = model.peft_config[adapter_name]
+    if type(loaded) is not type(config):
+        raise ValueError(f"{config.peft_type.value} cannot be swapped into {adapter_name!r}, {loaded.peft_type.value}")
     if isinstance(config, LoraConfig):
         check_lora_swap(model, adapter_name, state)
-    else:
+    elif isinstance(config, AtomsConfig):
         check_swap(model, adapter_name, config, state)
+    else:
+        raise ValueError(f"hotswap: {config.peft_type.value} is not swapped, only atoms and LoRA are; load it anew")
 
 
-def _check_base(label: str, artefact: Artefact, weights: Mapping[str, torch.Tensor]) -> None:
+def _check_base(artefact: Artefact, weights: Mapping[str, torch.Tensor]) -> None:
     if "fingerprint" not in artefact.about:
         return  # a folder of plain PEFT does not say what it was trained on
+    label = artefact.source
     try:
         theirs = from_text(artefact.about["fingerprint"])
         apart = distance(_fingerprint(weights), theirs)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{label}: corrupt, its fingerprint of the base cannot be read ({error})") from error
-    if apart > SAME_BASE:
-        base = artefact.about.get("base", "its base")
-        warnings.warn(
-            f"{label}: trained on {base}, whose weights differ from this pipeline's by about {apart:.1%}; "
-            "expect a weaker likeness",
-            AtomsWarning,
-            stacklevel=3,
-        )
+    if apart <= SAME_BASE:
+        return
+    base = artefact.about.get("base", "its base")
+    text = f"{label}: trained on {base}, whose weights differ from this pipeline's by about {apart:.1%}; "
+    method = all_methods().get(artefact.method)
+    if method is not None and not method.portable:
+        raise UserError(f"{text}what method {artefact.method} trains means nothing there")
+    warnings.warn(f"{text}expect a weaker likeness", AtomsWarning, stacklevel=4)
 
 
 def _fingerprint(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

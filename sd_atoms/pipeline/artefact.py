@@ -1,14 +1,14 @@
 """Adapter files: a folder as PEFT writes it, and the same as one safetensors file.
 
-One file:  atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and likewise the parts
-           that other modes have; token.<castle> (d,) per placeholder; text_encoder.<layer>.<part> if the text
-           encoder has an adapter too.
+One file:  of filter atoms atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and
+           likewise the parts that other modes have; of every other method unet.<PEFT's key>; token.<castle> (d,) per
+           placeholder; text_encoder.<layer>.<part> if the text encoder has an adapter too.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
            placeholder rows under their own names, as textual inversion files have them; text_encoder/ with the first
-           two for the text encoder.
-The header entry "sd_atoms" of both is a JSON object: format, config, layers (by shape, in the order of the stacks),
-fingerprint of the base, text_encoder (kind, layers and settings of its adapter) if there is one, and what the writer
-knew about base, tokens, prompt, training and versions.
+           two for the text encoder. Without an adapter in the UNet (method token) the rows alone.
+The header entry "sd_atoms" of both is a JSON object: format, method, config, layers (of atoms: by shape, in the order
+of the stacks), fingerprint of the base, text_encoder (kind, layers and settings of its adapter) if there is one, and
+the entries of `header` about the making. Filter atoms are written in format 1, what older versions cannot read in 2.
 """
 
 import hashlib
@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
+from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, peft_config, plain_settings
 from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
 from sd_atoms.sources import resolve_source
 from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.config import PEFT_TYPE
 
-FORMAT = 1
+ATOMS_FORMAT, FORMAT = 1, 2
 HEADER = "sd_atoms"
 TEXT = "text_encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
@@ -41,20 +42,6 @@ CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
     "learned_embeds.safetensors",
 )
 PICKLE_FILE = "adapter_model.bin"
-CONFIG_KEYS = (
-    "m",
-    "m1",
-    "train_beta",
-    "kc",
-    "m_c",
-    "block_layers",
-    "solver",
-    "l1",
-    "seed",
-    "m_pattern",
-    "scale_pattern",
-    "form",
-)
 PEFT_PREFIX = "base_model.model."
 # what a layer may have, and the letter that its shape gets in the name of a stack
 PARTS = {
@@ -72,20 +59,33 @@ TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block
 class Artefact:
     """An adapter at rest.
 
-    config: settings of the tuner. state: "<layer>.<part>" -> the numbers, parts as in `AtomsLayer`: atoms_delta and
-    atoms_initial (m, K), atoms_beta, atoms_block_delta, atoms_block_initial.
+    config: settings of the UNet's tuner; None without an adapter there. state: "<layer>.<part>" -> the numbers, as
+    PEFT keeps them; of atoms the parts are those of `AtomsLayer`: atoms_delta and atoms_initial (m, K), atoms_beta,
+    atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     text_config, text_state: the same of the text encoder's adapter, if there is one; parts of LoRA are lora_A.weight
     and lora_B.weight. source: where it was read, for messages.
     """
 
-    config: AtomsConfig
+    config: PeftConfig | None
     state: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     text_config: AtomsConfig | LoraConfig | None = None
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
+
+    @property
+    def method(self) -> str:
+        """The name of the method, as far as the file says it."""
+        if self.config is None:
+            return "token"
+        return self.about.get("method", "atoms" if self.is_atoms else f"peft-{self.config.peft_type.value.lower()}")
+
+    @property
+    def is_atoms(self) -> bool:
+        """Whether the UNet's adapter is of filter atoms."""
+        return isinstance(self.config, AtomsConfig)
 
     @property
     def layers(self) -> list[str]:
@@ -104,7 +104,9 @@ class Artefact:
         for key, value in sorted({**self.state, **self.tokens, **text}.items()):
             content.update(key.encode() + value.float().contiguous().numpy().tobytes())
         if self.text_config is not None:  # LoRA of another alpha is another one
-            content.update(json.dumps(_settings(self.text_config), sort_keys=True).encode())
+            content.update(json.dumps(_text_settings(self.text_config), sort_keys=True).encode())
+        if self.config is not None and not self.is_atoms:
+            content.update(json.dumps(plain_settings(self.config), sort_keys=True).encode())
         return content.hexdigest()[:16]
 
 
@@ -144,31 +146,34 @@ def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = to
     if path.suffix == ".safetensors":
         tensors = {f"token.{token}": row for token, row in artefact.tokens.items()}
         tensors |= {f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}
-        for shape, layers in _layers_by_shape(artefact).items():
+        if not artefact.is_atoms:
+            tensors |= {f"{UNET}.{key}": value for key, value in artefact.state.items()}
+        for shape, layers in _layers_by_shape(artefact).items() if artefact.is_atoms else ():
             for part in PARTS:
                 if f"{layers[0]}.{part}" in artefact.state:
                     tensors[f"{part}.{shape}"] = torch.stack([artefact.state[f"{layer}.{part}"] for layer in layers])
         _write_tensors(path, tensors, dtype, _header(artefact))
         return path
-    _write_adapter(path, artefact.config, artefact.state, dtype, _header(artefact))
+    if artefact.config is not None:
+        _write_adapter(path, artefact.config, artefact.state, dtype, _header(artefact))
     if artefact.tokens:
-        _write_tensors(path / TOKENS_FILE, artefact.tokens, dtype, {})
+        header = _header(artefact) if artefact.config is None else {}
+        _write_tensors(path / TOKENS_FILE, artefact.tokens, dtype, header)
     if artefact.text_config is not None:
         _write_adapter(path / TEXT, artefact.text_config, artefact.text_state, dtype, {})
     # what an adapter that stood here had beyond this one would be read as a part of it
-    if not artefact.tokens:
-        (path / TOKENS_FILE).unlink(missing_ok=True)
-    if artefact.text_config is None:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            (path / TEXT / name).unlink(missing_ok=True)
+    left = [] if artefact.tokens else [path / TOKENS_FILE]
+    for folder, config in ((path, artefact.config), (path / TEXT, artefact.text_config)):
+        left += [folder / CONFIG_FILE, folder / WEIGHTS_FILE] if config is None else []
+    for file in left:
+        file.unlink(missing_ok=True)
     return path
 
 
 def _write_adapter(folder: Path, config, state: Mapping[str, torch.Tensor], dtype: torch.dtype, header) -> None:
     """The two files that PEFT writes."""
     _write_tensors(folder / WEIGHTS_FILE, {PEFT_PREFIX + key: value for key, value in state.items()}, dtype, header)
-    settings = config.to_dict() | {"inference_mode": True}
-    write_json(folder / CONFIG_FILE, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
+    write_json(folder / CONFIG_FILE, plain_settings(config) | {"inference_mode": True})
 
 
 def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
@@ -188,40 +193,55 @@ def _read_file(path: Path) -> Artefact:
         raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")
     tensors, about = _read_tensors(path)
     if about is None:
-        raise UserError(f"{path}: it is not a filter-atom adapter (no {HEADER!r} entry in its header)")
+        raise UserError(f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header)")
     text_state = {key.removeprefix(f"{TEXT}."): v for key, v in tensors.items() if key.startswith(f"{TEXT}.")}
     try:
-        config = AtomsConfig(**about["config"], inference_mode=True)
-        state = {
-            f"{layer}.{part}": tensors[f"{part}.{shape}"][index]
-            for shape, layers in about["layers"].items()
-            for index, layer in enumerate(layers)
-            for part in PARTS
-            if f"{part}.{shape}" in tensors
-        }
-        if set(about["layers"]) != {key.partition(".")[2] for key in tensors if key.partition(".")[0] in PARTS}:
-            raise KeyError("layers")
+        if about.get("format", 0) <= ATOMS_FORMAT:
+            config, state = _stacked_atoms(about, tensors)
+        else:
+            state = {key.removeprefix(f"{UNET}."): v for key, v in tensors.items() if key.startswith(f"{UNET}.")}
+            config = None if about["config"] is None else peft_config(f"{path}: its header", about["config"])
+            if (config is None) != (not state):
+                raise KeyError("config")
         _check_text_layers(about, text_state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
-    config.target_modules = [layer for layers in about["layers"].values() for layer in layers]
     tokens = {key.removeprefix("token."): row for key, row in tensors.items() if key.startswith("token.")}
     text_config = None
     if TEXT in about:
         text_config = _text_config(f"{path}: {TEXT} in its header", about[TEXT])
         _check_parts(path, text_config, text_state)
+    if config is None and text_config is None and not tokens:
+        raise UserError(f"{path}: corrupt, it holds nothing")
     return Artefact(config, state, tokens, about, text_config, text_state)
 
 
+def _stacked_atoms(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]):
+    """Config and state of filter atoms in one file."""
+    config = AtomsConfig(**about["config"], inference_mode=True)
+    state = {
+        f"{layer}.{part}": tensors[f"{part}.{shape}"][index]
+        for shape, layers in about["layers"].items()
+        for index, layer in enumerate(layers)
+        for part in PARTS
+        if f"{part}.{shape}" in tensors
+    }
+    if set(about["layers"]) != {key.partition(".")[2] for key in tensors if key.partition(".")[0] in PARTS}:
+        raise KeyError("layers")
+    config.target_modules = [layer for layers in about["layers"].values() for layer in layers]
+    return config, state
+
+
 def _read_folder(folder: Path) -> Artefact:
-    settings, state, about = _read_adapter(folder)
-    config_path = folder / CONFIG_FILE
-    if settings.get("peft_type") != PEFT_TYPE:
-        kind = settings.get("peft_type")
-        raise UserError(f"{config_path}: peft_type is {kind!r}, a filter-atom adapter has {PEFT_TYPE!r}")
-    config = _atoms_config(config_path, settings)
-    tokens = _read_tensors(folder / TOKENS_FILE)[0] if (folder / TOKENS_FILE).exists() else {}
-    _check_parts(folder / WEIGHTS_FILE, config, state)
+    tokens, about = _read_tensors(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else ({}, None)
+    config, state = None, {}
+    if about is None or any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+        settings, state, about = _read_adapter(folder)
+        config = peft_config(folder / CONFIG_FILE, settings)
+        if isinstance(config, AtomsConfig):
+            _check_parts(folder / WEIGHTS_FILE, config, state)
+        elif not state:
+            raise UserError(f"{folder / WEIGHTS_FILE}: corrupt, it holds no tensor")
     text_config, text_state = None, {}
     if any((folder / TEXT / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
         settings, text_state, _ = _read_adapter(folder / TEXT)
@@ -253,24 +273,17 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     return settings, {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}, about
 
 
-def _atoms_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig:
-    try:
-        return AtomsConfig(**{key: settings[key] for key in CONFIG_KEYS if key in settings}, inference_mode=True)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: {error}") from error
-
-
 def _text_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig | LoraConfig:
     """The settings of a text encoder's adapter, of one of the two kinds that may be there."""
     kind = settings.get("peft_type")
-    if kind == PEFT_TYPE:
-        return _atoms_config(where, settings)
-    if kind != LORA_TYPE:
+    if kind == LORA_TYPE:
+        try:
+            return lora_config(settings)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: {error}") from error
+    if kind != PEFT_TYPE:
         raise UserError(f"{where}: peft_type is {kind!r}, the text encoder may have {PEFT_TYPE!r} or {LORA_TYPE!r}")
-    try:
-        return lora_config(settings)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+    return peft_config(where, settings)
 
 
 def _check_parts(where: Path, config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
@@ -313,18 +326,19 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
 
 
 def _header(artefact: Artefact) -> dict[str, str]:
-    value = {
-        **{key: entry for key, entry in artefact.about.items() if key != TEXT},
-        "format": FORMAT,
-        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
-        "layers": _layers_by_shape(artefact),
-    }
+    value = {key: entry for key, entry in artefact.about.items() if key != TEXT} | {"method": artefact.method}
+    if artefact.is_atoms:
+        config = {key: getattr(artefact.config, key) for key in CONFIG_KEYS}
+        value |= {"format": ATOMS_FORMAT, "config": config, "layers": _layers_by_shape(artefact)}
+    else:
+        config = None if artefact.config is None else plain_settings(artefact.config)
+        value |= {"format": FORMAT, "config": config}
     if artefact.text_config is not None:
-        value[TEXT] = {**_settings(artefact.text_config), "target_modules": artefact.text_layers}
+        value[TEXT] = {**_text_settings(artefact.text_config), "target_modules": artefact.text_layers}
     return {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
 
 
-def _settings(config: AtomsConfig | LoraConfig) -> dict[str, Any]:
+def _text_settings(config: AtomsConfig | LoraConfig) -> dict[str, Any]:
     """What the header says of the text encoder's adapter, but for its layers."""
     lora = isinstance(config, LoraConfig)
     kept = {key: getattr(config, key) for key in (LORA_KEYS if lora else CONFIG_KEYS)}

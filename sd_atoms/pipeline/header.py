@@ -21,11 +21,12 @@ from sd_atoms.sources import is_hub_id, packaged_path, public_name
 class Header:
     """The entries about an adapter's making.
 
-    base: packaged name, hub id, or the last part of a local path. tokens: placeholder -> the word it started from.
-    sampling: how its images were drawn, at the resolution of the training. training: images, steps, images per step,
-    learning rate, seed.
+    method: the name of what was trained. base: packaged name, hub id, or the last part of a local path. tokens:
+    placeholder -> the word it started from. sampling: how its images were drawn, at the resolution of the training.
+    training: images, steps, images per step, learning rate, seed.
     """
 
+    method: str = "atoms"
     base: str | None = None
     tokens: Mapping[str, str] = field(default_factory=dict)
     instance_prompt: str | None = None
@@ -36,6 +37,7 @@ class Header:
         """The JSON object."""
         sampling = asdict(self.sampling)
         return {
+            "method": self.method,
             "base": None if self.base is None else public_name(self.base),
             "tokens": dict(self.tokens),
             "instance_prompt": self.instance_prompt,
@@ -52,9 +54,12 @@ def parse_header(adapter: str, about: Mapping[str, Any]) -> Header:
         UserError: it says something that cannot be.
     """
     base, tokens, sampling = about.get("base"), about.get("tokens", {}), about.get("sampling", {})
+    method = about.get("method", "atoms")
     problem, made = None, Sampling()
     if base is not None and not isinstance(base, str):
         problem = "base"
+    elif not isinstance(method, str):
+        problem = "method"
     elif not isinstance(tokens, dict) or not all(isinstance(word, str) for word in tokens.values()):
         problem = "tokens"
     elif not isinstance(sampling, dict) or not sampling.keys() <= asdict(Sampling()).keys():
@@ -70,7 +75,7 @@ def parse_header(adapter: str, about: Mapping[str, Any]) -> Header:
         problem = next((name for name, fits in fitting.items() if not fits), None)
     if problem is not None:
         raise UserError(f"{adapter}: corrupt, its header says nothing sensible about {problem}")
-    return Header(base, tokens, about.get("instance_prompt"), made, about.get("training") or {})
+    return Header(method, base, tokens, about.get("instance_prompt"), made, about.get("training") or {})
 
 
 def find_base(given: str | None, adapter: str, header: Header) -> str:

@@ -38,18 +38,6 @@ def lora_config(settings: Mapping[str, Any]) -> LoraConfig:
     return config
 
 
-def lora_shapes(config: LoraConfig, name: str, layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What LoRA keeps for the layer of that name: part -> shape.
-
-    Raises:
-        ValueError: the layer is not Linear.
-    """
-    if type(layer) is not nn.Linear:
-        raise ValueError(f"is a {type(layer).__name__}, LoRA is read for Linear")
-    rank = _rank(config, name)
-    return {"lora_A.weight": (rank, layer.in_features), "lora_B.weight": (layer.out_features, rank)}
-
-
 def check_lora_swap(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
     """Whether `swap_lora` can write these numbers over those of a loaded LoRA.
 

@@ -64,7 +64,7 @@ def summary_text(metrics: Mapping[str, Any], words: str, adapter: Path, grid: Pa
         next_steps: commands to try.
     """
     training = metrics["training"]
-    parts = [f"{training['trained_numbers']:,} numbers of atoms"]
+    parts = [f"{training['trained_numbers']:,} parameters of {training['method']}"] * bool(training["trained_numbers"])
     if training["trained_token_numbers"]:
         parts.append(f"{training['trained_token_numbers']:,} of {words}")
     if training["trained_text_numbers"]:

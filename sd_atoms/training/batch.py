@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.training.config import ObjectiveSettings
-from sd_atoms.training.denoiser import Denoiser, adapters_off
+from sd_atoms.training.denoiser import Denoiser
 from sd_atoms.training.examples import Example
 from sd_atoms.training.noise import sample_noise
 from sd_atoms.training.objective import losses, offset, prediction_target, snr_weights

@@ -1,17 +1,19 @@
 """Every setting of a training run, with its default and the reason for it, in sections by who uses them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from sd_atoms.atoms import FORMS
 from sd_atoms.data.config import OF_CONCEPT, PRIOR, TOKEN, Concept, DataSettings
 from sd_atoms.errors import UserError
+from sd_atoms.methods import Method, check_settings, from_peft_config, get_method
+from sd_atoms.methods.table import METHODS
 from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
 from sd_atoms.settings import flat, section, setting
 from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
 
 MODEL, ADAPTER, RUN, OBJECTIVE, OPTIMISER = "model", "adapter", "run", "objective", "optimiser"
 VALIDATION, PICTURES, MACHINE, SHARING = "validation", "pictures at the end", "precision and logging", "sharing"
-METHODS = ("atoms",)
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMISERS = ("adamw", "adamw8bit", "prodigy")
 PRIORS = ("none", "images", "teacher")
@@ -72,7 +74,20 @@ class PriorSettings:
 class MethodSettings:
     """What is trained in the UNet."""
 
-    method: str = setting("atoms", ADAPTER, "what is trained", choices=METHODS)
+    method: str = setting("atoms", ADAPTER, f"what is trained: {', '.join(METHODS)}, or one of another package")
+    peft_config: str | None = setting(
+        None, ADAPTER, "adapter_config.json of any other tuner that PEFT has, in place of method; needs learning_rate",
+        file=True,
+    )  # fmt: skip
+    budget: str | None = setting(
+        None, ADAPTER, "trained parameters, such as 4000, 100k or 1M: sets the method's size to come near it"
+    )
+    rank: int | None = setting(None, ADAPTER, "rank of LoRA, LoCon, LoHa and LoKr; none = 4", low=1)
+    alpha: float | None = setting(None, ADAPTER, "their change is multiplied by alpha/rank; none = rank", low=1e-9)
+    factor: int | None = setting(
+        None, ADAPTER, "of LoKr: smaller side of the Kronecker product; none = -1, near square"
+    )
+    block_size: int | None = setting(None, ADAPTER, "of OFT: inputs rotated together; none = 32", low=2)
     m: int = setting(9, ADAPTER, "atoms per layer; 9 of a 3x3 filter can move every tap; 0 = block atoms only", low=0)
     m1: int = setting(0, ADAPTER, "overcomplete: atoms mixed per input channel out of m1 each; 0 = shared", low=0)
     train_beta: bool = setting(True, ADAPTER, "also train the mixing of overcomplete atoms")
@@ -81,12 +96,34 @@ class MethodSettings:
     block_layers: str = setting("pointwise", ADAPTER, "which layers get block atoms", choices=BLOCK_LAYERS)
     solver: str = setting("svd", ADAPTER, "how the initial atoms are found", choices=SOLVERS)
     l1: float = setting(1e-3, ADAPTER, "sparsity of the sparse solver", low=0.0)
-    target: str = setting(
-        "conv3x3",
+    target: str | None = setting(
+        None,
         ADAPTER,
-        "layers to adapt: conv3x3, conv, conv+linear, attn, all-linear, or a regular expression over their names",
+        "layers to adapt: conv3x3, conv, conv+linear, attn, all-linear, or a regular expression over their names; "
+        "none = the method's own",
     )
     form: str = setting("auto", ADAPTER, "how an adapted convolution is computed; all give the same", choices=FORMS)
+
+    def given(self) -> dict[str, Any]:
+        """The settings of a method, its name and its target aside, that somebody set to other than their default."""
+        own = fields(self)
+        return {
+            f.name: getattr(self, f.name)
+            for f in own
+            if f.name not in ("method", "peft_config", "budget", "target") and getattr(self, f.name) != f.default
+        }
+
+    def chosen(self) -> Method:
+        """The method.
+
+        Raises:
+            UserError: there is none of that name, or PEFT refuses its config.
+        """
+        if self.peft_config is None:
+            return get_method(self.method)
+        if self.method != "atoms":
+            raise UserError(f"peft_config stands in place of method={self.method}")
+        return from_peft_config(self.peft_config)
 
 
 @dataclass(frozen=True)
@@ -274,8 +311,16 @@ class TrainConfig:
             problems.append("dataset_name stands in place of instance_data_dir and captions (see caption_column)")
         if self.data.dataset_name is None and self.data.caption_column:
             problems.append("caption_column needs dataset_name")
-        if not self.method.m and not self.method.kc:
+        method = self.method.chosen()
+        problems += check_settings(method, self.method.given())
+        if method.name == "atoms" and not self.method.m and not self.method.kc:
             problems.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
+        if method.name == "token" and not self.text.train_token_embedding:
+            problems.append("method=token needs train_token_embedding and a placeholder_token")
+        if self.optimiser.learning_rate is None and not method.rates and self.optimiser.optimizer != "prodigy":
+            problems.append(f"learning_rate is required: method {method.name} has no usual one")
+        if self.method.budget is not None:
+            problems += budget_problems(self.method.budget)
         if self.text.train_token_embedding and not words:
             problems.append("train_token_embedding needs a placeholder_token")
         if self.images.prompts_file and not all(concept.word for concept in self.all_concepts):
@@ -306,3 +351,21 @@ class TrainConfig:
             Concept(**{**vars(concept), "class_prompt": concept.class_prompt or self.prior.class_prompt})
             for concept in self.data.concepts
         )
+
+
+def budget_of(text: str) -> int:
+    """4000, 4k, 100k, 1.5M as a number; raises ValueError for anything else."""
+    unit = {"k": 10**3, "m": 10**6}.get(text[-1:].lower(), 1)
+    number = float(text[:-1] if unit > 1 else text) * unit
+    if number < 1 or number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def budget_problems(text: str) -> list[str]:
+    """What is wrong with a budget."""
+    try:
+        budget_of(text)
+    except (ValueError, OverflowError):
+        return [f"budget: {text!r} is no number of parameters, such as 4000, 100k or 1M"]
+    return []

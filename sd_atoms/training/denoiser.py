@@ -1,10 +1,6 @@
 """The network that is trained, as one module, so that one wrapper (DDP, autocast) sees all of it."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
@@ -66,17 +62,3 @@ class TrainedRows(nn.Module):
         """Puts the rows into the table and returns it."""
         self.table.weight[self.row_ids] = self.rows.to(self.table.weight)
         return self.table
-
-
-@contextlib.contextmanager
-def adapters_off(unet: nn.Module) -> Iterator[None]:
-    """The base alone for a while; unlike PEFT's own switch it leaves alone what requires gradients."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value

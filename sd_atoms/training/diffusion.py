@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
+from torch import nn
 
 from sd_atoms.errors import UserError
+from sd_atoms.methods import find_budget
+from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
-from sd_atoms.pipeline.adapters import add_text_adapter
+from sd_atoms.pipeline.fingerprint import fingerprint
 from sd_atoms.pipeline.tokens import initializer_rows
+from sd_atoms.settings import replaced
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
-from sd_atoms.training.config import MethodSettings, TextSettings, TrainConfig
+from sd_atoms.training.config import TextSettings, TrainConfig, budget_of
 from sd_atoms.training.dataset import Dataset
 from sd_atoms.training.denoiser import Denoiser, TrainedRows
 from sd_atoms.training.examples import encode_prompts, tokenize
@@ -22,8 +26,6 @@ from sd_atoms.training.steps import Hooks, run_steps
 from sd_atoms.training.validation import validation_loss
 from sd_atoms.tuner import AtomsConfig
 
-# settings of a run that are the adapter's under the same name
-ADAPTER_SETTINGS = ("m", "m1", "train_beta", "kc", "m_c", "block_layers", "solver", "l1", "form")
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 MOST_KEPT_PROMPTS = 256  # states of more prompts are made anew at each step: one takes 236 KB with SD v1-4
 
@@ -33,7 +35,8 @@ class Outcome:
     """What a training run says about itself."""
 
     steps: int
-    trainable_params: int  # entries of all ΔD, β and block atoms in the UNet
+    method: str
+    trainable_params: int  # in the UNet
     trainable_token_params: int  # entries of trained embedding rows
     trainable_text_params: int = 0  # entries of the text encoder's adapter
     kept_step: int | None = None  # whose values are saved, if not the last one's
@@ -41,6 +44,7 @@ class Outcome:
     def entries(self) -> dict[str, int | None]:
         """The same for metrics.json."""
         return {
+            "method": self.method,
             "steps": self.steps,
             "trained_numbers": self.trainable_params,
             "trained_token_numbers": self.trainable_token_params,
@@ -62,18 +66,34 @@ def add_adapters(pipe, config: TrainConfig) -> None:
     if config.precision.mixed_precision != "no":
         for module in (pipe.unet, pipe.text_encoder):  # not the VAE: it overflows in fp16, and encodes only once
             module.to(dtype=DTYPES[config.precision.mixed_precision])
-    try:
-        pipe.unet.add_adapter(adapter_config(config.method, config.loop.seed))
-    except ValueError as error:
-        raise UserError(f"target={config.method.target!r}, m={config.method.m}: {error}") from error
+    adapter = adapter_config(pipe.unet, config)
+    if adapter is not None:
+        add_adapter(pipe.unet, adapter)
     if config.text.train_text_encoder:
-        add_text_adapter(pipe.text_encoder, text_adapter_config(config.text, config.loop.seed))
+        add_adapter(pipe.text_encoder, text_adapter_config(config.text, config.loop.seed))
 
 
-def adapter_config(method: MethodSettings, seed: int) -> AtomsConfig:
-    """The settings of the UNet's adapter; raises ValueError if they do not go together."""
-    own = {name: getattr(method, name) for name in ADAPTER_SETTINGS}
-    return AtomsConfig(**own, seed=seed, target_modules=method.target)
+def adapter_config(unet: nn.Module, config: TrainConfig) -> PeftConfig | None:
+    """The settings of the UNet's adapter; None for a method that puts none there.
+
+    Raises:
+        UserError: they do not go together, or a layer cannot take them.
+    """
+    settings = config.method.given() | {"seed": config.loop.seed}
+    return config.method.chosen().make_config(unet, settings, config.method.target)
+
+
+def sized(config: TrainConfig, unet: nn.Module) -> TrainConfig:
+    """The same settings, with the size of the method that comes nearest to the budget, if there is one.
+
+    Raises:
+        UserError: no size comes near it.
+    """
+    if config.method.budget is None:
+        return config
+    method, given = config.method.chosen(), config.method.given()
+    found = find_budget(method, unet, budget_of(config.method.budget), given, config.method.target)
+    return replaced(config, budget=None, **{name: found.settings[name] for name in found.settings if name != "seed"})
 
 
 def text_adapter_config(text: TextSettings, seed: int) -> AtomsConfig | LoraConfig:
@@ -125,6 +145,8 @@ def train_diffusion(
     pipe.unet.train()
     plain = Denoiser(pipe.unet, pipe.text_encoder)
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    adapter = [p for name, p in parameters.items() if name.startswith("unet.")]
+    start, method = fingerprint(adapter) if adapter else None, config.method.chosen()
 
     def loss_of(denoiser, numbers: range) -> torch.Tensor:
         common = dict(schedule=schedule, objective=objective, seed=seed, empty=dataset.empty)
@@ -143,7 +165,7 @@ def train_diffusion(
     progress = run_steps(
         plain,
         loss_of,
-        parameter_groups(parameters, config.optimiser),
+        parameter_groups(parameters, config.optimiser, method),
         accelerator,
         folder,
         examples=len(dataset.examples),
@@ -160,14 +182,13 @@ def train_diffusion(
     if config.loop.gradient_checkpointing:
         pipe.unet.disable_gradient_checkpointing()
     pipe.unet.eval()
-    adapter = {name: p for name, p in parameters.items() if name.startswith("unet.")}
-    moved = any(p.detach().any() for name, p in adapter.items() if "_delta" in name)
-    if config.optimiser.learning_rate > 0 and not moved:
-        raise UserError("training changed no atom: the adapter would have no effect; raise learning_rate")
+    if adapter and config.optimiser.learning_rate > 0 and torch.equal(fingerprint(adapter), start):
+        raise UserError(f"training changed no parameter of {method.name}: no effect; raise learning_rate")
     text = [p for name, p in parameters.items() if name.startswith("text_encoder.") and ".trained." not in name]
     return Outcome(
         steps=progress.step,
-        trainable_params=sum(p.numel() for p in adapter.values()),
+        method=method.name,
+        trainable_params=sum(p.numel() for p in adapter),
         trainable_token_params=rows.rows.numel() if rows is not None else 0,
         trainable_text_params=sum(p.numel() for p in text),
         kept_step=progress.best_step if progress.best else None,

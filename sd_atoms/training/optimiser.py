@@ -8,47 +8,49 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from sd_atoms.errors import UserError
+from sd_atoms.methods import Method
+from sd_atoms.methods.table import METHODS
 from sd_atoms.settings import replaced
 from sd_atoms.training.config import OptimiserSettings, TrainConfig
 
-# Found by `sd-atoms sweep` on the pocket base (docs/sweep.md); the text encoder's are as usual elsewhere, since none
-# stood out there. Prodigy finds its own rate and wants 1.
-DEFAULT_RATES = {
-    "shared atoms": 1e-2,
-    "overcomplete atoms": 1e-2,
-    "block atoms": 1e-2,
-    "β": 1e-3,
-    "token": 1e-3,
-    "text atoms": 1e-3,
-    "text lora": 1e-4,
-}
+# Those of the method come from its own table. The text encoder's are as usual elsewhere, since none stood out in a
+# sweep on the pocket base (docs/sweep.md). Prodigy finds its own rate and wants 1.
+TEXT_RATES = {"atoms": 1e-3, "lora": 1e-4}
 RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "text_learning_rate")
 
 
-def with_rates(config: TrainConfig) -> TrainConfig:
-    """The same settings with every learning rate that was left open filled in."""
-    mode = "overcomplete atoms" if config.method.m1 else "shared atoms" if config.method.m else "block atoms"
-    keys = (mode, "β", "token", f"text {config.text.text_adapter}")
-    usual = dict(zip(RATE_NAMES, (DEFAULT_RATES[key] for key in keys), strict=True))
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """The same settings with what was left open filled in: the method's target, and every learning rate."""
+    method = config.method.chosen()
+    usual = {
+        "learning_rate": method.rates.get(method.main_kinds[0]),
+        "beta_learning_rate": method.rates.get("beta", METHODS["atoms"].rates["beta"]),
+        "token_learning_rate": METHODS["token"].rates["row"],
+        "text_learning_rate": TEXT_RATES[config.text.text_adapter],
+    }
     if config.optimiser.optimizer == "prodigy":
-        usual = dict.fromkeys(RATE_NAMES, 1.0)
+        usual = dict.fromkeys(usual, 1.0)
     left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}
-    return replaced(config, **left_open)
+    return replaced(config, target=config.method.target or method.default_target, **left_open)
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], config: OptimiserSettings) -> list[dict]:
-    """The trained parameters by learning rate: atoms, β, embedding rows, the text encoder's adapter."""
-    groups = {rate: [] for rate in RATE_NAMES}
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], optimiser: OptimiserSettings, method: Method
+) -> list[dict]:
+    """The trained parameters by learning rate: the UNet's by kind, embedding rows, the text encoder's adapter."""
+    rates = {name: getattr(optimiser, name) for name in RATE_NAMES} | dict(method.rates)
+    groups = {name: [] for name in rates}
     for name, parameter in parameters.items():
         if ".trained." in name:
-            groups["token_learning_rate"].append(parameter)
+            group = "token_learning_rate"
         elif name.startswith("text_encoder."):
-            groups["text_learning_rate"].append(parameter)
-        elif "atoms_beta" in name:
-            groups["beta_learning_rate"].append(parameter)
+            group = "text_learning_rate"
         else:
-            groups["learning_rate"].append(parameter)
-    return [{"params": members, "lr": getattr(config, rate)} for rate, members in groups.items() if members]
+            kind = method.kind(name)
+            usual = "beta_learning_rate" if kind == "beta" else kind
+            group = "learning_rate" if kind in method.main_kinds else usual
+        groups[group].append(parameter)
+    return [{"params": members, "lr": rates[group]} for group, members in groups.items() if members]
 
 
 def make_optimizer(groups: list[dict], config: OptimiserSettings) -> torch.optim.Optimizer:

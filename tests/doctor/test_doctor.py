@@ -43,13 +43,13 @@ from sd_atoms.doctor.prompts import (
 from sd_atoms.errors import UserError
 from sd_atoms.settings import flat, replaced
 from sd_atoms.sources import packaged_path
-from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.optimiser import with_defaults
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def config_of(**settings):
-    return with_rates(train_config(**{**CASTLE, "train_batch_size": 1, **settings}))
+    return with_defaults(train_config(**{**CASTLE, "train_batch_size": 1, **settings}))
 
 
 def castle(config):

@@ -25,7 +25,7 @@ from sd_atoms.training.optimiser import (
     rate_schedule,
     swapped_in,
     update_mean,
-    with_rates,
+    with_defaults,
 )
 from sd_atoms.training.run_folder import cut_log, read_log
 
@@ -192,7 +192,7 @@ def test_every_kind_of_number_has_a_learning_rate_of_its_own():
 
 @pytest.mark.parametrize("settings", [{}, dict(m1=3), dict(m=0, kc=2), dict(optimizer="prodigy")])
 def test_open_learning_rates_are_filled_in_and_set_ones_stay(settings):
-    config = with_rates(train_config(**BASE, **settings, token_learning_rate=0.5))
+    config = with_defaults(train_config(**BASE, **settings, token_learning_rate=0.5))
     assert config.optimiser.token_learning_rate == 0.5
     rates = (config.optimiser.learning_rate, config.optimiser.beta_learning_rate, config.optimiser.text_learning_rate)
     assert all(rate is not None and rate > 0 for rate in rates)
@@ -200,14 +200,14 @@ def test_open_learning_rates_are_filled_in_and_set_ones_stay(settings):
 
 
 def test_optimisers_that_cannot_be_used_say_so(monkeypatch):
-    config = with_rates(train_config(**BASE, optimizer="prodigy", token_learning_rate=0.5))
+    config = with_defaults(train_config(**BASE, optimizer="prodigy", token_learning_rate=0.5))
     with pytest.raises(UserError, match="prodigy takes one learning rate for all, got 0.5, 1.0"):
         make_optimizer(parameter_groups(named(), config.optimiser), config.optimiser)
     config = train_config(**BASE, optimizer="adamw8bit", learning_rate=1.0)
     with pytest.raises(UserError, match="adamw8bit needs a graphics card"):
         make_optimizer([{"params": [nn.Parameter(torch.zeros(2))], "lr": 1.0}], config.optimiser)
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
-    config = with_rates(train_config(**BASE, optimizer="prodigy"))
+    config = with_defaults(train_config(**BASE, optimizer="prodigy"))
     with pytest.raises(UserError, match='pip install "sd-atoms\\[prodigy\\]"'):
         make_optimizer(parameter_groups(named(), config.optimiser), config.optimiser)
 
@@ -377,7 +377,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
 
 
 def test_mean_best_and_what_an_optimiser_keeps_beside_its_state_come_back(tmp_path):
-    parameters, config = {"a": nn.Parameter(torch.ones(3))}, with_rates(train_config(**BASE, optimizer="prodigy"))
+    parameters, config = {"a": nn.Parameter(torch.ones(3))}, with_defaults(train_config(**BASE, optimizer="prodigy"))
     optimizer = make_optimizer([{"params": [parameters["a"]], "lr": 1.0}], config.optimiser)
     for _ in range(5):
         step(parameters, optimizer)

@@ -31,7 +31,7 @@ from sd_atoms.training.denoiser import Denoiser, adapters_off
 from sd_atoms.training.diffusion import add_adapters, prepare_texts
 from sd_atoms.training.examples import Cropping, crop
 from sd_atoms.training.objective import noising
-from sd_atoms.training.optimiser import with_rates
+from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.validation import validation_loss
 
 SMALL = dict(
@@ -72,7 +72,7 @@ def log(folder):
 
 
 def config_of(**settings):
-    return with_rates(train_config(**{**SMALL, "resolution": 128, **settings}))
+    return with_defaults(train_config(**{**SMALL, "resolution": 128, **settings}))
 
 
 def source_of(config, pictures=None):
