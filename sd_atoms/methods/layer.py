@@ -34,7 +34,7 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: PeftConfig, name: str) -> None:
-        """Adds an adapter, or starts it anew, with no change to the layer.
+        """Adds an adapter, whose name is not taken, with no change to the layer.
 
         Args:
             adapter_name: the adapter.

@@ -82,9 +82,6 @@ class LycorisLayer(DeltaLayer):
             setattr(self, part, nn.ParameterDict())
 
     def update_layer(self, adapter_name, config, name):
-        for part in ALL_PARTS:  # another algo under the same name has others
-            if adapter_name in getattr(self, part):
-                del getattr(self, part)[adapter_name]
         weight = self.original("weight")
         options = {"factor": config.factor} if config.algo == "lokr" else {}
         if config.algo != "lokr":  # these know matrices, and convolutions in Tucker's form alone

@@ -81,6 +81,9 @@ class TunedModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, self.tuner_layer_cls):
+            for part in (*target.adapter_layer_names, *target.other_param_names):
+                if adapter_name in getattr(target, part):  # one of that name is started anew
+                    del getattr(target, part)[adapter_name]
             target.update_layer(adapter_name, peft_config, current_key)
             return
         layer = self.tuner_layer_cls(target, adapter_name)
