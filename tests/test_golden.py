@@ -9,10 +9,7 @@ Bits differ between processors: with other vector instructions than the machine'
 
 import json
 import math
-import os
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +20,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from golden import make
 from PIL import Image
 from safetensors import safe_open
+from tiny import one_core, train
 
 from sd_atoms import load_atoms, save_atoms
 
-SCRIPT = Path(__file__).parents[1] / "train_dreambooth_atoms.py"
 GOLDEN = Path(__file__).parent / "golden" / "eab832a"
 SLOW = ("bf16", "resume")  # the one by its tolerances tells little, the other is finished below
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in make.CASES]
@@ -34,15 +31,10 @@ MADE_ELSEWHERE = ("versions", "fingerprint")  # entries of a header that tell of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_core():
-    """As the golden runs were made; the cores and threads of other tests come back afterwards."""
-    threads, cores = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
-    make.stay_on_one_core()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
+def _one_core():
+    """As the golden runs were made."""
+    with one_core():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +43,6 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     make.write_inputs(folder)
     return folder
-
-
-def sd_atoms_train(words, monkeypatch):
-    """train_dreambooth_atoms.py with these flags, in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert stop.value.code == 0
 
 
 def opened(inputs, case):
@@ -156,7 +140,7 @@ def test_the_inputs_are_those_of_the_golden_runs(inputs):
 def test_training_anew_gives_the_same_run(case, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
     for words in make.commands(case):
-        sd_atoms_train(words, monkeypatch)
+        train(words)
     check_run(inputs / case, case)
     shutil.rmtree(inputs / case)
 
@@ -164,7 +148,7 @@ def test_training_anew_gives_the_same_run(case, inputs, monkeypatch):
 def test_a_run_that_was_stopped_then_is_finished_now(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
     shutil.copytree(GOLDEN / "resume" / make.STOPPED, "resume")
-    sd_atoms_train(make.commands("resume")[1], monkeypatch)
+    train(make.commands("resume")[1])
     check_run(inputs / "resume", "resume")
     shutil.rmtree("resume")
 

@@ -5,9 +5,15 @@ scaled by exact steps; no network library draws any of them. Only diffusers, tra
 are used, so that no move of the package's own modules touches this file.
 """
 
+import contextlib
 import importlib.util
+import os
+import runpy
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -104,6 +110,32 @@ def write_photos(folder: str | Path) -> Path:
         Image.fromarray(pixels).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
     return folder
+
+
+def train(words: list[str]) -> None:
+    """train_dreambooth_atoms.py with these words, in this process; it has to succeed."""
+    script = Path(__file__).parents[1] / "train_dreambooth_atoms.py"
+    with mock.patch.object(sys, "argv", [str(script), *words]):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            assert stop.code == 0  # noqa: PT017 (a script that ends without SystemExit has succeeded too)
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """On one core and thread for a while: a run takes all there are, and such small ones get slower by it."""
+    threads, cores = torch.get_num_threads(), None
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
 
 
 @torch.no_grad()

@@ -131,7 +131,8 @@ def make(checkout: Path, out: Path, cases: list[str]) -> None:
     environment = dict(
         os.environ, PYTHONPATH=str(checkout), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true"
     )
-    stay_on_one_core()
+    if hasattr(os, "sched_setaffinity"):  # a run takes all cores that it may use, and their number moves last bits
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     look = "import importlib.util as u; print(u.find_spec('sd_atoms').origin)"
     found = subprocess.run([sys.executable, "-c", look], env=environment, cwd="/", capture_output=True, text=True)
     if Path(found.stdout.strip()).parent != package:
@@ -151,12 +152,6 @@ def make(checkout: Path, out: Path, cases: list[str]) -> None:
                     sys.exit(f"{case}: {done.stdout}\n{done.stderr}")
             collect(folder / case, out / case)
             print(case, flush=True)
-
-
-def stay_on_one_core() -> None:
-    """A run takes all cores that it may use; their number moves last bits, and such small ones only get slower."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def keep_stopped(run: Path, out: Path) -> None:
