@@ -66,7 +66,7 @@ def _start(command: str, words: list[str], program: str) -> None:
         if command == "train":
             launched = shlex.join(["--config", f"{stop.run}/config.yaml"])
             again = f"accelerate launch train_dreambooth_atoms.py {launched} --resume_from_checkpoint latest"
-        _say(f"\nStopped after step {stop.step}; the checkpoint is saved. To go on:\n  {again}")
+        _say(f"\nStopped after step {stop.step}; the checkpoint is saved in {stop.run}. To go on:\n  {again}")
         raise SystemExit(128 + stop.signal_number) from None
 
 

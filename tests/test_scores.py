@@ -9,12 +9,12 @@ import yaml
 from conftest import CASTLE
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from sd_atoms.recipes.personalise import mean_scores, score
 from tiny import SIDE, one_core, packaged_tokenizer, train, write_tiny_base
 from transformers import CLIPModel, CLIPTokenizer
 
 from sd_atoms import load_atoms
 from sd_atoms.evaluation.clip import ClipFeatures
-from sd_atoms.recipes.personalise import mean_scores, score
 
 CLIP = packaged_tokenizer().parents[1] / "pocket-clip"
 

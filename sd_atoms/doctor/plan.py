@@ -1,7 +1,5 @@
 """The plan of a run beside what the base allows and what is usual: targets, rates, intervals, class images."""
 
-
-
 from sd_atoms.data.images import scan_folder
 from sd_atoms.doctor.findings import Finding, plural
 from sd_atoms.errors import UserError
@@ -25,7 +23,7 @@ def trainable_params(config: TrainConfig, pipe) -> tuple[int, list[Finding]]:
             parts["the text encoder"] = method.count(pipe.text_encoder, text_adapter_config(text, config.loop.seed))
     except UserError as error:
         fix = "conv3x3 takes m up to 9, 1x1 and Linear layers take kc" if method.name == "atoms" else ""
-        return 0, [Finding("error", "target", str(error), fix)]
+        return 0, [Finding("error", f"target={config.method.target!r}", str(error), fix)]
     if text.train_token_embedding:
         width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
         parts["embedding rows"] = width * len(config.tokens)

@@ -5,6 +5,7 @@ on PEFT's own wrapper `PeftModel`, which has them all.
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from sd_atoms.tuner import AtomsLayer
 # By this, models of diffusers and transformers know that they have adapters. Their own `add_adapter` does no more, but
 # that of transformers 5.24 asks for a PEFT newer than any released.
 LOADED = "_hf_peft_config_loaded"
+REFUSALS = (ValueError, TypeError, NotImplementedError, re.error)  # what PEFT raises of settings it cannot take
 Originals = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 
@@ -45,7 +47,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, adapter_name)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
     if hasattr(model, LOADED):
         setattr(model, LOADED, True)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import set_requires_grad
 from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.methods.adapters import one_line
+from sd_atoms.methods.adapters import REFUSALS, one_line
 from sd_atoms.tuner import TARGET_SETS, named_targets
 
 Target = str | Sequence[str] | None
@@ -77,7 +77,7 @@ class Method:
             raise UserError(f"target={target!r}: method {self.name} has no target to choose")
         try:
             return self.build(model, settings, self.default_target if target is None else target)
-        except (ValueError, TypeError) as error:
+        except REFUSALS as error:
             raise UserError(f"method {self.name}: {one_line(error)}") from error
 
     def count(self, model: nn.Module, config: PeftConfig | None) -> int:
@@ -128,7 +128,7 @@ def _adapted_skeleton(model: nn.Module, config: PeftConfig) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the adapter is added
             inject_adapter_in_model(config, model, COUNTED, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise UserError(f"{config.peft_type.value}: {one_line(error)}") from error
     return model
 

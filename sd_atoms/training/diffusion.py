@@ -68,7 +68,10 @@ def add_adapters(pipe, config: TrainConfig) -> None:
             module.to(dtype=DTYPES[config.precision.mixed_precision])
     adapter = adapter_config(pipe.unet, config)
     if adapter is not None:
-        add_adapter(pipe.unet, adapter)
+        try:
+            add_adapter(pipe.unet, adapter)
+        except UserError as error:
+            raise UserError(f"target={config.method.target!r}: {error}") from error
     if config.text.train_text_encoder:
         add_adapter(pipe.text_encoder, text_adapter_config(config.text, config.loop.seed))
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from sd_atoms.bench import architectures, decompose, forms, serve, step, worker
 from sd_atoms.bench.architectures import conv3x3_calls
-from sd_atoms.bench.methods import METHODS, attach
+from sd_atoms.bench.methods import OTHERS, attach
 from sd_atoms.cli import main
+from sd_atoms.methods import all_methods
 from sd_atoms.pipeline.architectures import SD_V1_4, build_unet, unet_config
 from sd_atoms.tuner import AtomsConfig, named_targets
 
@@ -59,30 +60,30 @@ def test_step_compares_methods_and_a_failing_one_fails_alone(bench, monkeypatch,
     def out_of_memory(job, result):
         if job["method"] == "naive":
             return [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-        if job["method"] == "lora-conv":
+        if job["method"] == "locon:rank=2":
             return [sys.executable, "-c", "raise RuntimeError('no memory left on the card')"]
         return usual(job, result)
 
     monkeypatch.setattr(step, "worker_command", out_of_memory)
     file = tmp_path / "step.json"
-    methods = "naive,floor,lora-conv,atoms"
+    methods = "naive,floor,locon:rank=2,atoms"
     sizes = ["--resolution", "32", "--rounds", "1", "--steps", "1"]
     printed = bench("step", "--methods", methods, *sizes, "--json", str(file))
 
     result = json.loads(file.read_text())
     entries = {entry["method"]: entry for entry in result["methods"]}
-    assert list(entries) == ["naive", "floor", "lora-conv", "atoms"]
+    assert list(entries) == ["naive", "floor", "locon:rank=2", "atoms"]
     assert entries["floor"]["seconds_to_floor"] == entries["floor"]["memory_to_floor"] == 1
     assert entries["atoms"]["seconds_to_floor"] > 0
     assert entries["atoms"]["trainable_numbers"] == 81 * len(named_targets(build_unet(TINY, "meta"), "conv3x3"))
     assert "SIGKILL" in entries["naive"]["failure"]
-    assert entries["lora-conv"]["failure"] == "RuntimeError: no memory left on the card"
-    assert "lora-conv failed: RuntimeError: no memory left on the card" in printed
+    assert entries["locon:rank=2"]["failure"] == "RuntimeError: no memory left on the card"
+    assert "locon:rank=2 failed: RuntimeError: no memory left on the card" in printed
     assert result["machine"]["threads"] == 1
     assert result["machine"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*OTHERS, *(name for name in all_methods() if name != "token")])
 def test_every_method_takes_its_steps(method):
     result = measure(method)
     assert len(result["seconds"]) == 2
@@ -98,14 +99,14 @@ def test_steps_run_in_bfloat16(method):
 
 def test_naive_computes_what_atoms_compute():
     gradients = {}
-    for method in ("naive", "atoms-weight"):
+    for method in ("naive", "atoms:form=weight"):
         unet = build_unet(TINY, "cpu")
         trained = attach(unet, method)
         inputs = architectures.step_inputs(TINY, 1, 32, "cpu", torch.float32)
         unet(*inputs).sample.square().mean().backward()
         gradients[method] = torch.stack([parameter.grad for parameter in trained])
     assert gradients["naive"].abs().max() > 0
-    torch.testing.assert_close(gradients["naive"], gradients["atoms-weight"], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(gradients["naive"], gradients["atoms:form=weight"], rtol=1e-3, atol=1e-7)
 
 
 def test_sd_architecture_has_the_published_size(sd_unet):
@@ -129,7 +130,7 @@ def test_more_atoms_than_taps_are_refused(sd_unet):
         sd_unet.add_adapter(AtomsConfig(m=12, target_modules="conv3x3", inference_mode=True))
 
 
-@pytest.mark.parametrize(("method", "numbers"), [("lora-attn", 797_184), ("loha-conv", 4_377_920)])
+@pytest.mark.parametrize(("method", "numbers"), [("lora", 797_184), ("loha", 4_377_920)])
 def test_baselines_of_the_sd_architecture(method, numbers):
     assert sum(parameter.numel() for parameter in attach(build_unet(SD_V1_4, "meta"), method)) == numbers
 
@@ -206,7 +207,8 @@ def test_best_reach_is_where_the_forms_cross():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["step", "--methods", "floor,dora"], "--methods: 'dora' is unknown; floor, atoms"),
+        (["step", "--methods", "floor,dora"], "--methods: 'dora' is unknown; floor, naive, atoms"),
+        (["step", "--methods", "locon:rank=0"], "locon:rank=0: rank: 0 is out of range"),
         (["step", "--methods", "floor,floor"], "--methods: 'floor' comes twice"),
         (["step", "--resolution", "100"], "--resolution 100: a multiple of 8"),
         (["forms", "--resolution", "100"], "--resolution 100: a multiple of 8"),

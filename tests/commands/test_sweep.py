@@ -127,11 +127,12 @@ def test_precision_and_accumulation_are_those_of_each_point(tmp_path, monkeypatc
 
     def look(config):
         accelerator = make_accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+            mixed_precision=config.precision.mixed_precision,
+            gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
         )
         layer = accelerator.prepare(torch.nn.Linear(1, 1))
         synced = []
-        for _ in range(config.gradient_accumulation_steps + 1):  # ends in the middle
+        for _ in range(config.loop.gradient_accumulation_steps + 1):  # ends in the middle
             with accelerator.accumulate(layer):
                 synced.append(accelerator.sync_gradients)
         seen.append((accelerator.mixed_precision, synced))
@@ -191,7 +192,7 @@ def test_a_point_that_fails_is_in_the_table_with_its_reason(swept, tmp_path):
 
 def test_a_signal_ends_the_sweep_as_it_ends_training(tmp_path, monkeypatch, capsys):
     def stop(config):
-        raise Interrupted(7, Path(config.output_dir) / "checkpoint-7.safetensors", 2)
+        raise Interrupted(7, Path(config.output.output_dir), 2)
 
     monkeypatch.setattr("sd_atoms.commands.train.run", stop)
     words = ["sweep", *write(tmp_path), "--vary", "target=conv,a b"]
@@ -199,8 +200,8 @@ def test_a_signal_ends_the_sweep_as_it_ends_training(tmp_path, monkeypatch, caps
         main([*words, "--overwrite"])
     assert error.value.code == 128 + 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    saved = tmp_path / "sweep" / "target=conv" / "checkpoint-7.safetensors"
-    assert first == f"Stopped after step 7; {saved} is saved. To go on:"
+    run = tmp_path / "sweep" / "target=conv"
+    assert first == f"Stopped after step 7; the checkpoint is saved in {run}. To go on:"
     assert shlex.split(second) == ["sd-atoms", *words]
 
 
@@ -213,7 +214,7 @@ def test_what_is_finished_unfinished_or_without_a_checkpoint(swept, tmp_path, mo
     def again(**flags):
         asked.clear()
         sweep(parse_vary([RATES]), {"output_dir": str(folder), **flags}, str(swept.parent / "c.yaml"))
-        return [(config.learning_rate, config.overwrite, config.resume_from_checkpoint) for config in asked]
+        return [(c.optimiser.learning_rate, c.output.overwrite, c.output.resume_from_checkpoint) for c in asked]
 
     assert again() == []
     (folder / "learning_rate=0.01" / "metrics.json").unlink()
@@ -286,8 +287,8 @@ def test_points_are_named_by_the_values_as_they_are_understood(tmp_path):
     assert points[0].name == "learning_rate=0.01,train_beta=true,snr_gamma=none"
     assert points[-1].name == "learning_rate=0.003,train_beta=false,snr_gamma=5"
     assert points[-1].values == {"learning_rate": 0.003, "train_beta": False, "snr_gamma": 5.0}
-    assert points[-1].config.output_dir == str(tmp_path / points[-1].name)
-    assert points[-1].config.learning_rate == 0.003
+    assert points[-1].config.output.output_dir == str(tmp_path / points[-1].name)
+    assert points[-1].config.optimiser.learning_rate == 0.003
 
 
 def test_a_score_needs_both_parts():

@@ -252,9 +252,9 @@ def test_trainable_params_are_those_of_the_run(pipe, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(target="nothing"), "target='nothing', m=9: matches no layer"),
+        (dict(target="nothing"), "target='nothing': FILTER_ATOMS: Target modules nothing not found"),
         (dict(m=10), "28 layers do not fit: conv_in has filters of 9 taps, fewer than m=10"),
-        (dict(target="["), "target='[', m=9: "),
+        (dict(target="["), "target='[': FILTER_ATOMS: unterminated character set"),
     ],
 )
 def test_a_target_that_does_not_fit_is_an_error(pocket, settings, message):

@@ -15,8 +15,8 @@ from sd_atoms.atoms import channel_change
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change
 from sd_atoms.cli import main
 from sd_atoms.errors import AtomsWarning
+from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import read_artefact
-from sd_atoms.pipeline.adapters import add_text_adapter
 from sd_atoms.pipeline.architectures import SD_V1_4, build_unet
 from sd_atoms.pipeline.artefact import write_artefact
 from sd_atoms.pipeline.inspection import SETTINGS, inspect_adapter, inspect_architecture
@@ -283,7 +283,7 @@ def test_an_adapter_without_any_change(pipe, opened, tmp_path):
     ids=["atoms", "lora"],
 )
 def test_the_part_for_the_text_encoder_is_one_line(pipe, tmp_path, config, line, numbers):
-    add_text_adapter(pipe.text_encoder, config)
+    add_adapter(pipe.text_encoder, config)
     folder = adapted(pipe, tmp_path / "a", target_modules=["conv_in"])
     result = inspect_adapter(folder)
     assert result["text_encoder"]["trained_numbers"] == numbers
@@ -337,7 +337,7 @@ def test_a_broken_or_homeless_adapter_is_one_line(pipe, tmp_path, capsys):
     artefact.state["conv_out.atoms_delta"][0, 0] = math.nan
     broken = str(write_artefact(artefact, tmp_path / "broken.safetensors"))
     for words, message in (
-        ([homeless], "--base is required"),
+        ([homeless], "pretrained_model_name_or_path is required"),
         ([strange], "its header says nothing sensible about base"),
         ([homeless, "--base", "./nowhere"], "base: './nowhere' is neither an existing path nor a hub id"),
         ([broken, "--base", "pocket"], "1 of its tensors are not finite (conv_out.atoms_delta first)"),
@@ -353,9 +353,9 @@ def test_a_broken_or_homeless_adapter_is_one_line(pipe, tmp_path, capsys):
     [
         ([], "either an ADAPTER or --arch"),
         (["a.safetensors", "--arch", "pocket"], "either an ADAPTER or --arch"),
-        (["--arch", "sd-v3"], "argument --arch: invalid choice: 'sd-v3'"),
+        (["--arch", "sd-v3"], "--arch: 'sd-v3' is not one of sd-v1-4"),
         (["--arch", "pocket", "--top", "3", "--plot", "a.png"], "--top, --plot: for an ADAPTER, not for --arch"),
-        (["a.safetensors", "--top", "-1"], "argument --top"),
+        (["a.safetensors", "--top", "-1"], "--top: -1 is out of range"),
         (["a.safetensors", "--plot", "a.pdf"], "--plot a.pdf: the name of a .png file is needed"),
         (["nowhere.safetensors"], "nowhere.safetensors"),
     ],

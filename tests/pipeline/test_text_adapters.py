@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
+from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import read_artefact
-from sd_atoms.pipeline.adapters import add_text_adapter
 from sd_atoms.pipeline.artefact import write_artefact
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_new_token, initializer_row, initializer_rows
 from sd_atoms.tuner import AtomsLayer
@@ -33,7 +33,7 @@ def learned(pipe, kind=None, seed=1, token="<castle>", adapter="default", **text
     add_placeholder_tokens(pipe, {token: torch.randn(128, generator=generator)})
     pipe.unet.add_adapter(AtomsConfig(m=4, target_modules=["conv_in", "mid_block.resnets.0.conv1"]), adapter)
     if kind is not None:
-        add_text_adapter(pipe.text_encoder, KINDS[kind](**text_settings), adapter)
+        add_adapter(pipe.text_encoder, KINDS[kind](**text_settings), adapter)
     for model in (pipe.unet, pipe.text_encoder):
         for name, parameter in model.named_parameters():
             if name.endswith((f"_delta.{adapter}", f"lora_B.{adapter}.weight", f"lora_A.{adapter}.weight")):
@@ -427,7 +427,7 @@ def test_two_kinds_in_one_layer_are_refused(pipe, fresh, pocket, tmp_path, kind)
 
 def test_a_name_that_only_the_text_encoder_has_is_taken(pipe, fresh, tmp_path):
     folder = save_atoms(learned(pipe), tmp_path / "a")
-    add_text_adapter(fresh.text_encoder, KINDS["lora"](), "castle")
+    add_adapter(fresh.text_encoder, KINDS["lora"](), "castle")
     refused(fresh, folder, "'castle' is loaded already")
 
 
@@ -513,7 +513,7 @@ def test_what_cannot_be_kept_is_not_saved(pipe, fresh, pocket, tmp_path):
         )
     ):
         own = learned(own_copy(pocket))
-        add_text_adapter(own.text_encoder, config)
+        add_adapter(own.text_encoder, config)
         with pytest.raises(UserError, match=message):
             save_atoms(own, tmp_path / str(number))
         assert not (tmp_path / str(number)).exists()
@@ -532,7 +532,7 @@ def test_an_artefact_in_memory_keeps_the_name_of_its_file(pipe, fresh, tmp_path)
 @pytest.mark.parametrize(("kind", "layer_type"), [("atoms", AtomsLayer), ("lora", LoraLayer)])
 def test_an_added_adapter_is_active_and_trains(pipe, kind, layer_type):
     pipe.text_encoder.requires_grad_(False)
-    add_text_adapter(pipe.text_encoder, KINDS[kind]())
+    add_adapter(pipe.text_encoder, KINDS[kind]())
     layers = [module for module in pipe.text_encoder.modules() if isinstance(module, layer_type)]
     assert {tuple(layer.active_adapters) for layer in layers} == {("default",)}
     trained = {name for name, parameter in pipe.text_encoder.named_parameters() if parameter.requires_grad}

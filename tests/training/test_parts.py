@@ -185,7 +185,7 @@ def test_every_kind_of_number_has_a_learning_rate_of_its_own():
         **BASE, learning_rate=1.0, beta_learning_rate=2.0, token_learning_rate=3.0, text_learning_rate=4.0
     )
     parameters = named()
-    groups = parameter_groups(parameters, config.optimiser)
+    groups = parameter_groups(parameters, config.optimiser, config.method.chosen())
     found = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert [found[id(p)] for p in parameters.values()] == [1.0, 2.0, 1.0, 3.0, 4.0]
 
@@ -202,14 +202,14 @@ def test_open_learning_rates_are_filled_in_and_set_ones_stay(settings):
 def test_optimisers_that_cannot_be_used_say_so(monkeypatch):
     config = with_defaults(train_config(**BASE, optimizer="prodigy", token_learning_rate=0.5))
     with pytest.raises(UserError, match="prodigy takes one learning rate for all, got 0.5, 1.0"):
-        make_optimizer(parameter_groups(named(), config.optimiser), config.optimiser)
+        make_optimizer(parameter_groups(named(), config.optimiser, config.method.chosen()), config.optimiser)
     config = train_config(**BASE, optimizer="adamw8bit", learning_rate=1.0)
     with pytest.raises(UserError, match="adamw8bit needs a graphics card"):
         make_optimizer([{"params": [nn.Parameter(torch.zeros(2))], "lr": 1.0}], config.optimiser)
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
     config = with_defaults(train_config(**BASE, optimizer="prodigy"))
     with pytest.raises(UserError, match='pip install "sd-atoms\\[prodigy\\]"'):
-        make_optimizer(parameter_groups(named(), config.optimiser), config.optimiser)
+        make_optimizer(parameter_groups(named(), config.optimiser, config.method.chosen()), config.optimiser)
 
 
 def test_the_running_mean_is_the_weighted_mean_of_all_steps():

@@ -474,7 +474,7 @@ def test_a_run_that_learned_nothing_fails_loudly(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "learning_rate": 1e-50, "output_dir": str(tmp_path / "run")}))
     assert train_main(["--config", str(path)]) == 2
-    assert "training changed no atom" in capsys.readouterr().err
+    assert "training changed no parameter of atoms" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
 
 
