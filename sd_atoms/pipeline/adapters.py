@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,10 @@ def save_adapter(
     state = {}
     if config is not None:
         state = get_peft_model_state_dict(pipe.unet, adapter_name=adapter_name, save_embedding_layers=False)
-    about = dict(about or {}) | {"versions": {name: version(name) for name in LIBRARIES}}
+    about = dict(about or {})
     if config is not None:
         about["fingerprint"] = to_text(_fingerprint(_base_weights(pipe.unet, touched_layers(pipe.unet, state))))
+    about["versions"] = {name: version(name) for name in LIBRARIES}
     text_config, text_state = _text_part(pipe, adapter_name)
     artefact = Artefact(config, state, placeholder_rows(pipe, list(tokens)), about, text_config, text_state)
     return write_artefact(artefact, path, DTYPES[dtype])
@@ -189,15 +190,17 @@ def _text_part(pipe, adapter_name: str) -> tuple[PeftConfig | None, dict[str, to
 
 
 def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
-    """The layers with a weight that the entries of a state ("<layer>.<part>", parts with dots in them too) are of."""
+    """The layers with a weight that the entries of a state are of."""
     layers = {name for name, module in model.named_modules() if hasattr(module, "weight")}
-    found = {}
-    for key in state:
-        name = key.rpartition(".")[0]
-        while name and name not in layers:
-            name = name.rpartition(".")[0]
-        found[name] = None
-    return [name for name in found if name]
+    return [name for name in dict.fromkeys(_layer_of(key, layers) for key in state) if name in layers]
+
+
+def _layer_of(key: str, layers: Collection[str]) -> str:
+    """The layer of "<layer>.<part>", where parts may have dots too; without such a layer all but the last word."""
+    name = parent = key.rpartition(".")[0]
+    while name and name not in layers:
+        name = name.rpartition(".")[0]
+    return name or parent
 
 
 def _base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -248,36 +251,38 @@ def _kind(config: PeftConfig | None) -> str:
 def _check_layers(label: str, place: str, model: nn.Module, config: PeftConfig, state) -> None:
     modules, layers = dict(model.named_modules()), touched_layers(model, state)
     taken = [name for name in layers if _carries_others(modules[name], config)]
-    if isinstance(config, AtomsConfig):
-        found, expected = by_layer(state), _atoms_shapes(modules, config, by_layer(state))
-        what, misfits = "layers", [name for name in found if found[name] != expected[name]]
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if taken:
+        expected = found
+    elif isinstance(config, AtomsConfig):
+        expected = _atoms_shapes(modules, config, by_layer(state))
     else:
-        found = {key: tuple(value.shape) for key, value in state.items()}
         try:
-            expected = adapter_shapes(model, config) if not taken else found
+            expected = adapter_shapes(model, config)
         except UserError as error:
             raise UserError(f"{label}: made for another architecture, it does not fit {place} ({error})") from error
-        what = "tensors"
-        misfits = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+    wrong = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+    misfits = list(dict.fromkeys(_layer_of(key, layers) for key in wrong))
+    count = len(dict.fromkeys(_layer_of(key, layers) for key in found))
     for names, text in (
         (taken, f"{len(taken)} of its layers carry adapters of another kind in {place}; delete those first"),
-        (misfits, f"made for another architecture, {len(misfits)} of its {len(found)} {what} do not fit {place}"),
+        (misfits, f"made for another architecture, {len(misfits)} of its {count} layers do not fit {place}"),
     ):
         if names:
             raise UserError(f"{label}: {text} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
 
 
-def _atoms_shapes(modules: Mapping[str, nn.Module], config: AtomsConfig, names: Iterable[str]) -> dict[str, dict]:
-    """What atoms of that config have in those layers; nothing where there is no such layer, or it takes none. Faster
-    than `adapter_shapes`, for hot-swaps."""
+def _atoms_shapes(modules: Mapping[str, nn.Module], config: AtomsConfig, names: Iterable[str]) -> dict[str, tuple]:
+    """`adapter_shapes` of atoms in those layers, as far as they take them; fast, for hot-swaps."""
     expected = {}
     for name in names:
         layer = modules.get(name)
         try:
             layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            expected[name] = layer_plan(config, name, layer).shapes(layer, config.train_beta)
+            shapes = layer_plan(config, name, layer).shapes(layer, config.train_beta)
         except ValueError:
-            expected[name] = None
+            continue
+        expected |= {f"{name}.{part}": shape for part, shape in shapes.items()}
     return expected
 
 

@@ -326,13 +326,13 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
 
 
 def _header(artefact: Artefact) -> dict[str, str]:
-    value = {key: entry for key, entry in artefact.about.items() if key != TEXT} | {"method": artefact.method}
+    value = {key: entry for key, entry in artefact.about.items() if key != TEXT}
     if artefact.is_atoms:
         config = {key: getattr(artefact.config, key) for key in CONFIG_KEYS}
         value |= {"format": ATOMS_FORMAT, "config": config, "layers": _layers_by_shape(artefact)}
     else:
         config = None if artefact.config is None else plain_settings(artefact.config)
-        value |= {"format": FORMAT, "config": config}
+        value |= {"format": FORMAT, "method": artefact.method, "config": config}
     if artefact.text_config is not None:
         value[TEXT] = {**_text_settings(artefact.text_config), "target_modules": artefact.text_layers}
     return {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}

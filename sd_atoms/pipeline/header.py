@@ -36,8 +36,7 @@ class Header:
     def entries(self) -> dict[str, Any]:
         """The JSON object."""
         sampling = asdict(self.sampling)
-        return {
-            "method": self.method,
+        return ({} if self.method == "atoms" else {"method": self.method}) | {
             "base": None if self.base is None else public_name(self.base),
             "tokens": dict(self.tokens),
             "instance_prompt": self.instance_prompt,

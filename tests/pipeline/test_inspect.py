@@ -339,7 +339,10 @@ def test_a_broken_or_homeless_adapter_is_one_line(pipe, tmp_path, capsys):
     for words, message in (
         ([homeless], "pretrained_model_name_or_path is required"),
         ([strange], "its header says nothing sensible about base"),
-        ([homeless, "--base", "./nowhere"], "base: './nowhere' is neither an existing path nor a hub id"),
+        (
+            [homeless, "--base", "./nowhere"],
+            "pretrained_model_name_or_path: './nowhere' is neither an existing path nor a hub id",
+        ),
         ([broken, "--base", "pocket"], "1 of its tensors are not finite (conv_out.atoms_delta first)"),
     ):
         assert main(["inspect", *words]) == 2
