@@ -117,7 +117,7 @@ PHOTOS = [(1.0, 0.0), (0.0, 1.0)]
 PICTURES = {
     "instance": [(0.6, 0.8), (0.8, 0.6)],
     "base-instance": [(1.0, 0.0), (-0.6, 0.8), (0.0, 1.0)],
-    "prompt": [(0.8, 0.6), (0.8, 0.6), (0.0, -1.0)],
+    "prompt": [(0.8, 0.6), (1.0, 0.0), (0.0, -1.0)],
     "base-prompt": [(0.0, 1.0), (0.6, 0.8), (1.0, 0.0)],
 }
 TEXTS = {"one": (1.0, 0.0), "two": (0.0, 1.0), "three": (0.6, -0.8)}
@@ -125,8 +125,8 @@ SCORES = {
     "adapted": {
         "image": 0.7,  # (0.6 + 0.8 + 0.8 + 0.6) / 4
         "diversity": 0.04,  # 1 − 0.96
-        "text": 0.7333,  # (0.8 + 0.6 + 0.8) / 3
-        "match": 0.6667,  # the second picture is nearer to "one"
+        "text": 0.5333,  # (0.8 + 0 + 0.8) / 3
+        "match": 0.6667,  # the second picture is nearest to "one"; of "one" it is the nearest, too
     },
     "base": {
         "image": 0.3667,  # (1 + 0 − 0.6 + 0.8 + 0 + 1) / 6
@@ -163,7 +163,7 @@ def test_several_concepts_are_averaged_each_score_by_itself():
     }
     assert mean_scores([SCORES]) == SCORES
     assert mean_scores([SCORES, other, other]) == {
-        "adapted": {"image": 0.3, "diversity": 0.1467, "text": 0.4444, "match": 0.2222},
+        "adapted": {"image": 0.3, "diversity": 0.1467, "text": 0.3778, "match": 0.2222},
         "base": {"image": -0.0111, "diversity": 0.9111, "text": 0.4889, "match": 0.7778},
     }
 
