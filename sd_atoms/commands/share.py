@@ -18,7 +18,7 @@ from PIL import Image
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, write_text
 from sd_atoms.generation.png import image_notes, save_image
-from sd_atoms.pipeline.artefact import Artefact, read_artefact, write_artefact
+from sd_atoms.pipeline.artefact import CONFIG_FILE, TOKENS_FILE, Artefact, read_artefact, write_artefact
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import AdapterFile, CardImage, model_card
 from sd_atoms.settings import read_yaml, setting
@@ -66,7 +66,8 @@ def run(settings: Settings) -> None:
     if settings.push_to_hub:
         print(f"Uploaded to {push(folder, repo_id, settings.hub_private_repo)}")
     source = repo_id if settings.push_to_hub else folder
-    print(f"\nTo load it: load_atoms(pipe, {str(source)!r})")
+    load = "load_atoms" if read_artefact(folder).is_atoms else "load_adapter"
+    print(f"\nTo load it: {load}(pipe, {str(source)!r})")
     if not settings.push_to_hub:
         words = ["sd-atoms", "share", settings.run, "--hub_model_id", repo_id or "owner/name", "--push_to_hub"]
         print(f"To upload it: {shlex.join(words)}")
@@ -130,7 +131,7 @@ def _finished_adapter(run: Path) -> tuple[Artefact, Path]:
         raise UserError(f"{run}: no such run folder")
     if not (run / CONFIG).exists():
         raise UserError(f"{run}: not a run folder, {CONFIG} is missing")
-    if not (run / ADAPTER / "adapter_config.json").exists():
+    if not any((run / ADAPTER / name).exists() for name in (CONFIG_FILE, TOKENS_FILE)):
         raise UserError(f"{run}: holds no finished adapter, {ADAPTER}/ lacks it; train it to its end first")
     artefact = read_artefact(run / ADAPTER)
     for path in sorted(run.glob("*.safetensors"), key=lambda path: path.stat().st_size):  # an export may be large

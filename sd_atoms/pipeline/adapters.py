@@ -16,6 +16,7 @@ from torch import nn
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import add_adapter, set_adapters
+from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import Artefact, by_layer, read_artefact, unexpected_keys, write_artefact
 from sd_atoms.pipeline.base import DTYPES
@@ -66,7 +67,7 @@ def save_adapter(
         state = get_peft_model_state_dict(pipe.unet, adapter_name=adapter_name, save_embedding_layers=False)
     about = dict(about or {})
     if config is not None:
-        about["fingerprint"] = to_text(_fingerprint(_base_weights(pipe.unet, touched_layers(pipe.unet, state))))
+        about["fingerprint"] = to_text(_fingerprint(base_weights(pipe.unet, touched_layers(pipe.unet, state))))
     about["versions"] = {name: version(name) for name in LIBRARIES}
     text_config, text_state = _text_part(pipe, adapter_name)
     artefact = Artefact(config, state, placeholder_rows(pipe, list(tokens)), about, text_config, text_state)
@@ -148,7 +149,7 @@ def load_adapter(
             raise UserError(f"{label}: {error}") from error
     check_placeholder_rows(pipe, artefact.tokens, replace=hotswap)
     if config is not None:
-        _check_base(artefact, _base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state)))
+        _check_base(artefact, base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state)))
 
     add_placeholder_tokens(pipe, artefact.tokens, replace=hotswap)
     parts = [
@@ -203,19 +204,19 @@ def _layer_of(key: str, layers: Collection[str]) -> str:
     return name or parent
 
 
-def _base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
     """layer -> its base weight, without adapters."""
     modules = dict(model.named_modules())
-    weights = {}
-    for name in layers:
-        layer = modules[name]
-        if isinstance(layer, AtomsLayer):
-            weights[name] = layer.base_weight
-        elif hasattr(layer, "original"):  # of our other tuners
-            weights[name] = layer.original("weight")
-        else:
-            weights[name] = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
-    return weights
+    return {name: base_weight(modules[name]) for name in layers}
+
+
+def base_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer without its adapters, also while ours are merged."""
+    if isinstance(layer, AtomsLayer):
+        return layer.base_weight
+    if isinstance(layer, TunedLayer):
+        return layer.original("weight")
+    return (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
 
 
 def _adapters(pipe, part: str) -> dict[str, PeftConfig]:

@@ -2,7 +2,8 @@
 
 One file:  of filter atoms atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and
            likewise the parts that other modes have; of every other method unet.<PEFT's key>; token.<castle> (d,) per
-           placeholder; text_encoder.<layer>.<part> if the text encoder has an adapter too.
+           placeholder (of LoRA in the header, so that programs which know LoRA take the file); text_encoder.<layer>.
+           <part> if the text encoder has an adapter too.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
            placeholder rows under their own names, as textual inversion files have them; text_encoder/ with the first
            two for the text encoder. Without an adapter in the UNet (method token) the rows alone.
@@ -29,6 +30,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, peft_config, plain_settings
 from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
+from sd_atoms.pipeline.tokens import row_from_text, row_to_text
 from sd_atoms.sources import resolve_source
 from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.config import PEFT_TYPE
@@ -36,6 +38,7 @@ from sd_atoms.tuner.config import PEFT_TYPE
 ATOMS_FORMAT, FORMAT = 1, 2
 HEADER = "sd_atoms"
 TEXT = "text_encoder"
+ROWS = "token_rows"
 CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -144,7 +147,9 @@ def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = to
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        tensors = {f"token.{token}": row for token, row in artefact.tokens.items()}
+        # a file of LoRA holds nothing else, so that every program takes it; the rows are in its header
+        rows = {} if isinstance(artefact.config, LoraConfig) else artefact.tokens
+        tensors = {f"token.{token}": row for token, row in rows.items()}
         tensors |= {f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}
         if not artefact.is_atoms:
             tensors |= {f"{UNET}.{key}": value for key, value in artefact.state.items()}
@@ -207,6 +212,10 @@ def _read_file(path: Path) -> Artefact:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     tokens = {key.removeprefix("token."): row for key, row in tensors.items() if key.startswith("token.")}
+    try:
+        tokens |= {token: row_from_text(text) for token, text in about.get(ROWS, {}).items()}
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: corrupt, the rows of its tokens cannot be read ({error})") from error
     text_config = None
     if TEXT in about:
         text_config = _text_config(f"{path}: {TEXT} in its header", about[TEXT])
@@ -333,9 +342,20 @@ def _header(artefact: Artefact) -> dict[str, str]:
     else:
         config = None if artefact.config is None else plain_settings(artefact.config)
         value |= {"format": FORMAT, "method": artefact.method, "config": config}
+    if isinstance(artefact.config, LoraConfig) and artefact.tokens:
+        value[ROWS] = {token: row_to_text(row) for token, row in artefact.tokens.items()}
     if artefact.text_config is not None:
         value[TEXT] = {**_text_settings(artefact.text_config), "target_modules": artefact.text_layers}
-    return {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
+    entries = {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
+    if isinstance(artefact.config, LoraConfig):
+        # by this diffusers' own loader knows alpha; ranks it takes from the shapes
+        settings = {f"{UNET}.{key}": getattr(artefact.config, key) for key in LORA_KEYS}
+        settings[f"{UNET}.target_modules"] = sorted(artefact.config.target_modules)
+        if isinstance(artefact.text_config, LoraConfig):
+            settings |= {f"{TEXT}.{key}": getattr(artefact.text_config, key) for key in LORA_KEYS}
+            settings[f"{TEXT}.target_modules"] = artefact.text_layers
+        entries["lora_adapter_metadata"] = json.dumps(settings)
+    return entries
 
 
 def _text_settings(config: AtomsConfig | LoraConfig) -> dict[str, Any]:

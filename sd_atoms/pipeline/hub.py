@@ -30,7 +30,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            commit_message="Filter atoms, pictures and model card",
+            commit_message="Adapter, pictures and model card",
             delete_patterns=list(REPLACED),
         )
     except Exception as error:  # the hub library raises a dozen kinds, of its own and of the network's

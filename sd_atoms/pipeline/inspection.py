@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline import load_atoms, open_base, read_artefact
+from sd_atoms.methods.adapters import tuner_layers
+from sd_atoms.methods.model import base_of
+from sd_atoms.pipeline import load_adapter, open_base, read_artefact
+from sd_atoms.pipeline.adapters import base_weight, base_weights, touched_layers
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.artefact import CONFIG_KEYS, TEXT
+from sd_atoms.pipeline.artefact import TEXT
+from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
 from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.lora import LORA_PARTS
@@ -118,8 +123,10 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     about = artefact.about
     base = find_base(base, adapter, parse_header(adapter, about))
     pipe = open_base(base)
-    load_atoms(pipe, artefact)
-    modules = {name: module for name, module in pipe.unet.named_modules() if isinstance(module, AtomsLayer)}
+    load_adapter(pipe, artefact)
+    if artefact.config is None:
+        raise UserError(f"{adapter}: it has tokens alone and changes no layer of the UNet")
+    modules = {name: layer for name, layer in tuner_layers(pipe.unet).items() if hasattr(base_of(layer), "weight")}
     modules = dict(sorted(modules.items(), key=lambda item: STAGES.get(item[0].split(".")[0], 0)))
     layers = [
         _measure(name, layer) for name, layer in tqdm(modules.items(), unit="layer", desc="measuring", disable=None)
@@ -130,7 +137,8 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     blocks = {layer["block"]: [other for other in layers if other["block"] == layer["block"]] for layer in layers}
     apart = None
     if "fingerprint" in about:
-        ours = fingerprint([modules[name].base_weight for name in sorted(modules)])
+        weights = base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state))
+        ours = fingerprint([weights[name] for name in sorted(weights)])
         apart = distance(ours, from_text(about["fingerprint"]))
     return {
         "adapter": adapter,
@@ -139,9 +147,14 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         "distance_to_base": apart,
         "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
         "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
-        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS},
-        "mode": _mode(artefact.config, artefact.state),
-        "trained_numbers": _trained(artefact.state),
+        "method": artefact.method,
+        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS}
+        if artefact.is_atoms
+        else plain_settings(artefact.config),
+        "mode": _mode(artefact.config, artefact.state) if artefact.is_atoms else artefact.method,
+        "trained_numbers": _trained(artefact.state)
+        if artefact.is_atoms
+        else sum(v.numel() for v in artefact.state.values()),
         "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
         "text_encoder": None
         if artefact.text_config is None
@@ -164,10 +177,10 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     }
 
 
-def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str, Any]:
-    weight = layer.base_weight.detach()
-    change = layer.get_delta_weight(adapter)
-    terms = layer.change_terms(adapter)
+def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict[str, Any]:
+    weight = base_weight(layer).detach()
+    change = layer.get_delta_weight(adapter).reshape(weight.shape)
+    terms = layer.change_terms(adapter) if isinstance(layer, AtomsLayer) else ()
     kernel = tuple(weight.shape[2:])
     spatial = math.prod(kernel) > 1
     one_matrix = len(terms) == 1 and terms[0].codes is None and not terms[0].block and not terms[0].per_channel
@@ -188,6 +201,8 @@ def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str
         "atoms": None,
         "atoms_change": None,
     }
+    if not isinstance(layer, AtomsLayer):
+        return _finite(entry)
     strength = layer.scaling[adapter]
     if adapter in layer.atoms_delta:
         delta = layer.atoms_delta[adapter] * strength
@@ -196,6 +211,10 @@ def _measure(name: str, layer: AtomsLayer, adapter: str = "default") -> dict[str
             entry["atoms"], entry["atoms_change"] = layer.atoms_initial[adapter].tolist(), delta.tolist()
     if adapter in layer.atoms_block_delta:
         entry["block_atom_changes"] = atom_changes(layer.atoms_block_delta[adapter] * strength).tolist()
+    return _finite(entry)
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
 

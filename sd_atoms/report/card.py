@@ -7,6 +7,7 @@ as quoted literals on one line.
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -15,7 +16,9 @@ import yaml
 from sd_atoms.report.markdown import cell, code, escaped, fenced, table
 from sd_atoms.sources import is_hub_id
 
-TAGS = ("text-to-image", "stable-diffusion", "filter-atoms", "dreambooth")
+TAGS = ("text-to-image", "stable-diffusion", "dreambooth")
+ATOMS = "filter atoms"
+LORAS = ("lora", "locon", "lora-conv")
 PAPER = "[Large Convolutional Model Tuning via Filter Subspace](https://arxiv.org/abs/2403.00269)"
 COLUMNS = 4  # pictures side by side
 
@@ -72,7 +75,7 @@ def model_card(
     """
     sections = [
         front_matter(config, pictures),
-        f"# {escaped(file.name.removesuffix('.safetensors'))}: filter atoms for {escaped(_base(config))}",
+        f"# {escaped(Path(file.name).stem)}: {escaped(_method(config))} for {escaped(_base(config))}",
         _what_it_is(config, metrics, file),
         "## The word\n\n" + _words(config),
         "## Pictures\n\n" + _pictures(pictures, grids, drawn, about) if pictures or grids else "",
@@ -90,7 +93,7 @@ def front_matter(config: Mapping[str, Any], pictures: Sequence[CardImage]) -> st
     data = {
         "base_model": _base(config) if is_hub_id(_base(config)) else None,
         "library_name": "diffusers",
-        "tags": list(TAGS),
+        "tags": [*TAGS, "lora" if _method(config) in LORAS else _method(config).replace(" ", "-")],
         "instance_prompt": prompts[0] if prompts else None,
         "widget": [{"text": prompt, "output": {"url": path}} for path, prompt in pictures],
     }
@@ -103,7 +106,7 @@ def _what_it_is(config: Mapping[str, Any], metrics: Mapping[str, Any], file: Ada
     counts = [
         f"{training[key]:,} {what}"
         for key, what in (
-            ("trained_numbers", "numbers of filter atoms"),
+            ("trained_numbers", f"numbers of {_method(config)}"),
             ("trained_token_numbers", "of the new word's embedding"),
             ("trained_text_numbers", "in the text encoder"),
         )
@@ -113,9 +116,10 @@ def _what_it_is(config: Mapping[str, Any], metrics: Mapping[str, Any], file: Ada
     words = [token for concept in _concepts(config) for token in _tokens(concept)]
     what = f"the word {_listed([code(word) for word in words])}" if words else "one concept"
     base = code(_base(config))
-    method = f"*filter atoms* alone ({PAPER})"
+    paper = f" ({PAPER})" if _method(config) == ATOMS else ""
+    method = f"*{_method(config)}* alone{paper}"
     if training.get("trained_text_numbers"):
-        method = f"*filter atoms* ({PAPER}) and an adapter of its text encoder"
+        method = f"*{_method(config)}*{paper} and an adapter of its text encoder"
     return (
         f"It teaches the Stable Diffusion base {base} {what} by {method}{trained}. "
         f"The file {code(file.name)} of {_size(file.size_bytes)} is the whole adapter."
@@ -216,6 +220,10 @@ def _training(config: Mapping[str, Any], about: Mapping[str, Any], metrics: Mapp
 def _adapted(config: Mapping[str, Any]) -> str:
     m, m1, kc = (config.get(key) or 0 for key in ("m", "m1", "kc"))
     parts = []
+    if _method(config) != ATOMS:
+        m = kc = 0
+        sizes = {key: config[key] for key in ("rank", "alpha", "factor", "block_size") if config.get(key) is not None}
+        parts = [" ".join([_method(config), *(f"{key}={value:g}" for key, value in sizes.items())])]
     if m:
         parts.append(f"m = {m} atoms per layer" + (f" out of m1 = {m1} per input channel" if m1 else ""))
     if kc:
@@ -254,18 +262,19 @@ def _loading(config: Mapping[str, Any], about: Mapping[str, Any], file: AdapterF
         if sampling.get(key) is not None
     )
     revision = f", revision={_literal(config['revision'])}" if config.get("revision") else ""
+    load = "load_atoms" if _method(config) == ATOMS else "load_adapter"
     if base == "pocket":
-        opening = ["from sd_atoms import load_atoms", "from sd_atoms.pipeline import open_base"]
+        opening = [f"from sd_atoms import {load}", "from sd_atoms.pipeline import open_base"]
         pipe = 'pipe = open_base("pocket")  # comes with the package'
     else:
-        opening = ["from diffusers import StableDiffusionPipeline", "from sd_atoms import load_atoms"]
+        opening = ["from diffusers import StableDiffusionPipeline", f"from sd_atoms import {load}"]
         note = "" if is_hub_id(base) else "  # your folder of this base"
         pipe = f"pipe = StableDiffusionPipeline.from_pretrained({_literal(base)}{revision}){note}"
     lines = [
         *opening,
         "",
         pipe,
-        f"load_atoms(pipe, {_literal(source)})" + ("" if repo_id else "  # or the folder that this card is in"),
+        f"{load}(pipe, {_literal(source)})" + ("" if repo_id else "  # or the folder that this card is in"),
         f'pipe({_literal(prompt)}{options}).images[0].save("picture.png")',
     ]
     command = [
@@ -302,6 +311,12 @@ def _concepts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _tokens(concept: Mapping[str, Any]) -> list[str]:
     return (concept.get("placeholder_token") or "").split()
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """What people call the method; runs of old have no such setting."""
+    name = config.get("method", "atoms")
+    return ATOMS if name == "atoms" else config.get("peft_config") or name
 
 
 def _base(config: Mapping[str, Any]) -> str:
