@@ -1,15 +1,21 @@
 """Every test runs offline and on the CPU; the expensive objects are made once."""
 
+import copy
 import os
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import copy
+# one core for each of several test processes: multi-threaded ones side by side would wait for each other
+_worker = os.environ.get("PYTEST_XDIST_WORKER")
+if _worker and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
-import pytest
-import torch
+import torch  # noqa: E402 (it counts the cores when it is imported)
 
 
 @pytest.fixture(scope="session")
