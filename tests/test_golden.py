@@ -117,6 +117,7 @@ def check_run(made, case):
     assert sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()) == old_run["files"]
     settings = yaml.safe_load((made / "config.yaml").read_text(encoding="utf-8"))
     old_settings = yaml.safe_load("\n".join(old_run["config"]))
+    assert old_settings.pop("with_prior_preservation") is False  # the other name of prior: images is written no more
     assert {key: settings.get(key, "gone") for key in old_settings} == old_settings
     metrics = json.loads((made / "metrics.json").read_text(encoding="utf-8"))
     del metrics["training"]["seconds"]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CASTLE
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers import CASTLE
 from PIL import Image
-from sd_atoms.recipes.personalise import mean_scores, score
 from tiny import SIDE, one_core, packaged_tokenizer, train, write_tiny_base
 from transformers import CLIPModel, CLIPTokenizer
 
 from sd_atoms import load_atoms
 from sd_atoms.evaluation.clip import ClipFeatures
+from sd_atoms.evaluation.concept import mean_scores, score_concept
 
 CLIP = packaged_tokenizer().parents[1] / "pocket-clip"
 
@@ -144,7 +144,7 @@ def scored(kinds, texts):
         numbers = range(len(features), len(features) + len(PICTURES[kind]))
         drawn[kind] = [Image.new("RGB", (1, 1), (number, 0, 0)) for number in numbers]
         features += PICTURES[kind]
-    return score(Known(features, TEXTS), photos, drawn, texts)
+    return score_concept(Known(features, TEXTS), photos, drawn, texts)
 
 
 def test_scores_of_known_features():

@@ -18,7 +18,14 @@ from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import add_adapter, set_adapters
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.methods.method import adapter_shapes
-from sd_atoms.pipeline.artefact import Artefact, by_layer, read_artefact, unexpected_keys, write_artefact
+from sd_atoms.pipeline.artefact import (
+    Artefact,
+    by_layer,
+    layer_and_part,
+    read_artefact,
+    unexpected_keys,
+    write_artefact,
+)
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
 from sd_atoms.pipeline.lora import check_lora_swap, lora_config, swap_lora
@@ -197,11 +204,11 @@ def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
 
 
 def _layer_of(key: str, layers: Collection[str]) -> str:
-    """The layer of "<layer>.<part>", where parts may have dots too; without such a layer all but the last word."""
-    name = parent = key.rpartition(".")[0]
+    """The layer of "<layer>.<part>", where parts may have dots too; as of atoms or LoRA where there is no such layer."""
+    name = key
     while name and name not in layers:
         name = name.rpartition(".")[0]
-    return name or parent
+    return name or layer_and_part(key)[0]
 
 
 def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -114,12 +114,18 @@ class Artefact:
 
 
 def by_layer(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """layer -> part -> shape, of "<layer>.<part>" -> tensor; what is no part that is known counts by its last word."""
+    """layer -> part -> shape, of "<layer>.<part>" -> tensor."""
     layers = defaultdict(dict)
     for key, value in state.items():
-        part = next((part for part in LORA_PARTS if key.endswith(f".{part}")), key.rpartition(".")[2])
-        layers[key.removesuffix(part).removesuffix(".")][part] = tuple(value.shape)
+        layer, part = layer_and_part(key)
+        layers[layer][part] = tuple(value.shape)
     return dict(layers)
+
+
+def layer_and_part(key: str) -> tuple[str, str]:
+    """The two of "<layer>.<part>" in a state of atoms or LoRA; what is no part that is known counts by its last word."""
+    part = next((part for part in LORA_PARTS if key.endswith(f".{part}")), key.rpartition(".")[2])
+    return key.removesuffix(part).removesuffix("."), part
 
 
 def unexpected_keys(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> list[str]:

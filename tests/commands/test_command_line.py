@@ -254,7 +254,7 @@ BAD = {
     "truncated": (dict(instance_data_dir="{tmp}/truncated"), "b.jpg: cannot be read"),
     "tiny": (dict(instance_data_dir="{tmp}/tiny"), "1 x 1 px is too small"),
     "unknown key": (dict(lerning_rate=1, foo=2), "2 problems: unknown key 'foo'; unknown key 'lerning_rate'"),
-    "unknown method": (dict(method="magic"), "method: 'magic' is not one of atoms"),
+    "unknown method": (dict(method="magic"), "method='magic': one of atoms, lora, locon"),
     "m=0": (dict(m=0), "m=0, kc=0: no atoms at all"),
     "m > K": (dict(m=10), "has filters of 9 taps, fewer than m=10"),
     "no target": (dict(target="nothing_like_this"), "target='nothing_like_this'"),

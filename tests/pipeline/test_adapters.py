@@ -304,7 +304,7 @@ def test_a_lora_folder_is_named_as_such(tmp_path, fresh, pocket):
     from peft import get_peft_model
 
     get_peft_model(copy.deepcopy(pocket.unet), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="peft_type is 'LORA'"):
+    with pytest.raises(UserError, match="its method is peft-lora, not atoms; load_adapter takes it"):
         load_atoms(fresh, tmp_path)
 
 

@@ -21,13 +21,14 @@ from sd_atoms.data.concepts import Source
 from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
+from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import load_atoms
 from sd_atoms.settings import replaced
 from sd_atoms.sources import packaged_path
 from sd_atoms.training import examples
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
 from sd_atoms.training.dataset import make_dataset
-from sd_atoms.training.denoiser import Denoiser, adapters_off
+from sd_atoms.training.denoiser import Denoiser
 from sd_atoms.training.diffusion import add_adapters, prepare_texts
 from sd_atoms.training.examples import Cropping, crop
 from sd_atoms.training.objective import noising
