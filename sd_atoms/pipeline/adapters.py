@@ -204,7 +204,7 @@ def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
 
 
 def _layer_of(key: str, layers: Collection[str]) -> str:
-    """The layer of "<layer>.<part>", where parts may have dots too; as of atoms or LoRA where there is no such layer."""
+    """The layer of "<layer>.<part>", where parts may have dots too; where there is none, as of atoms or LoRA."""
     name = key
     while name and name not in layers:
         name = name.rpartition(".")[0]

@@ -48,12 +48,13 @@ def _of_weight(weight: torch.Tensor) -> torch.Tensor:
     # `.data = …` gives a weight other storage without counting as a version
     state = weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
     if weight not in _known or _known[weight][0] != state:
-        _known[weight] = state, _mark(weight)
+        _known[weight] = state, mark(weight)
     return _known[weight][1]
 
 
 @torch.no_grad()
-def _mark(weight: torch.Tensor) -> torch.Tensor:
+def mark(weight: torch.Tensor) -> torch.Tensor:
+    """|F| and <F, v>/|F| of one weight, (2,) float32."""
     flat = weight.detach().flatten().float()
     norm = flat.norm().double()
     if norm == 0:

@@ -12,7 +12,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods import find_budget
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
-from sd_atoms.pipeline.fingerprint import fingerprint
+from sd_atoms.pipeline.fingerprint import mark
 from sd_atoms.pipeline.tokens import initializer_rows
 from sd_atoms.settings import replaced
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
@@ -149,7 +149,7 @@ def train_diffusion(
     plain = Denoiser(pipe.unet, pipe.text_encoder)
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     adapter = [p for name, p in parameters.items() if name.startswith("unet.")]
-    start, method = fingerprint(adapter) if adapter else None, config.method.chosen()
+    start, method = [mark(p) for p in adapter], config.method.chosen()
 
     def loss_of(denoiser, numbers: range) -> torch.Tensor:
         common = dict(schedule=schedule, objective=objective, seed=seed, empty=dataset.empty)
@@ -185,7 +185,8 @@ def train_diffusion(
     if config.loop.gradient_checkpointing:
         pipe.unet.disable_gradient_checkpointing()
     pipe.unet.eval()
-    if adapter and config.optimiser.learning_rate > 0 and torch.equal(fingerprint(adapter), start):
+    moved = any(not torch.equal(mark(p), before) for p, before in zip(adapter, start, strict=True))
+    if adapter and config.optimiser.learning_rate > 0 and not moved:
         raise UserError(f"training changed no parameter of {method.name}: no effect; raise learning_rate")
     text = [p for name, p in parameters.items() if name.startswith("text_encoder.") and ".trained." not in name]
     return Outcome(

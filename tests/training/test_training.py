@@ -448,8 +448,8 @@ def test_the_shape_of_what_texts_hold(pipe):
     config = config_of(**PLAIN)
     dataset, texts, _ = adapted(pipe, config)
     assert isinstance(texts, Texts)
-    assert texts.inputs.is_floating_point()  # states: nothing of the text encoder moves
-    assert texts.inputs.shape[:2] == (len(dataset.prompts), 77)
+    assert texts.token_ids is None  # states: nothing of the text encoder moves
+    assert texts.states.shape[:2] == (len(dataset.prompts), 77)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
