@@ -123,7 +123,7 @@ def by_layer(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int
 
 
 def layer_and_part(key: str) -> tuple[str, str]:
-    """The two of "<layer>.<part>" in a state of atoms or LoRA; what is no part that is known counts by its last word."""
+    """The two of "<layer>.<part>" in a state of atoms or LoRA; an unknown part is the last word."""
     part = next((part for part in LORA_PARTS if key.endswith(f".{part}")), key.rpartition(".")[2])
     return key.removesuffix(part).removesuffix("."), part
 
