@@ -18,7 +18,6 @@ if _worker and hasattr(os, "sched_setaffinity"):
 
 import torch  # noqa: E402 (it counts the cores when it is imported)
 
-
 # a minute for all of them: the maths, files, settings and the registry, without a training
 QUICK = (
     "atoms/", "data/", "evaluation/", "report/", "training/test_parts.py", "pocket/test_pocket_world.py",
