@@ -583,7 +583,7 @@ def test_concepts_whose_files_would_have_one_name_are_refused(tmp_path, capsys):
     settings = {key: value for key, value in SMALL.items() if key not in ONE_CONCEPT}
     path.write_text(yaml.safe_dump({**settings, "concepts": concepts, "output_dir": str(tmp_path / "run")}))
     assert train_main(["--config", str(path)]) == 2
-    assert "their files would be called x, X" in capsys.readouterr().err
+    assert "their files would be called x, X;" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
