@@ -57,8 +57,8 @@ def check_output(config: TrainConfig) -> None:
 
 
 def is_first_start(output: OutputSettings) -> bool:
-    """Whether to go on with the latest checkpoint means to begin: there is no run yet, or one that was stopped before its
-    first checkpoint and has no adapter. So a job that a cluster starts again needs one command only."""
+    """Whether going on with the latest checkpoint means to begin: there is no run yet, or one without checkpoint and
+    adapter. So a job that a cluster starts again needs one command only."""
     folder = Path(output.output_dir)
     if output.resume_from_checkpoint != "latest" or checkpoints(folder / CHECKPOINTS) or (folder / ADAPTER).exists():
         return False
