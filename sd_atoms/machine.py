@@ -81,3 +81,13 @@ def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def check_finite(values: torch.Tensor, what: str, why: str) -> None:
+    """Stops where numbers that are none arise, before anything is made of them.
+
+    Raises:
+        UserError: some of the values are infinite or no number; the line says what they are and why that may be.
+    """
+    if not torch.isfinite(values).all():
+        raise UserError(f"{what} are not finite; {why}")

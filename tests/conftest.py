@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,20 @@ if _worker and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
 import torch  # noqa: E402 (it counts the cores when it is imported)
+
+# a minute for all of them: the maths, files, settings and the registry, without a training
+QUICK = (
+    "atoms/", "data/", "evaluation/", "report/", "training/test_parts.py", "pocket/test_pocket_world.py",
+    "pocket/test_pocket_files.py", "methods/test_registry.py", "methods/test_counts.py", "test_settings.py",
+    "test_machine.py", "test_docs.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(QUICK) and "slow" not in item.keywords:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,8 @@ def run(config: Settings) -> Path:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file")
+    if (out / "config.yaml").exists():
+        raise UserError(f"out: {out} is a run folder; name another folder for the pictures, such as {out / 'more'}")
 
     accelerator = make_accelerator()
     pipe = open_base(

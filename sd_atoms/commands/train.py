@@ -16,6 +16,7 @@ from sd_atoms.data.images import fit
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import image_record
 from sd_atoms.doctor import preflight
+from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.concept import mean_scores, score_concept
 from sd_atoms.files import replacing, write_json
@@ -38,7 +39,17 @@ from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diff
 from sd_atoms.training.examples import Cropping
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import with_defaults
-from sd_atoms.training.run_folder import ADAPTER, CURVES, IMAGES, LOG, METRICS, check_output, open_run, read_log
+from sd_atoms.training.run_folder import (
+    ADAPTER,
+    CURVES,
+    IMAGES,
+    LOG,
+    METRICS,
+    check_output,
+    is_first_start,
+    open_run,
+    read_log,
+)
 
 Settings = TrainConfig
 MOST_SCORED = 100  # training images that scores and the grid compare with
@@ -55,14 +66,20 @@ def run(config: TrainConfig) -> Path:
     config = with_defaults(replaced(config, mixed_precision=precision_here(config.precision.mixed_precision)))
     folder, name = Path(config.output.output_dir), run_name(config)
     base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
+    check_names([concept_name(concept, folder) for concept in concepts])
     accelerator = make_accelerator(
         mixed_precision=config.precision.mixed_precision,
         gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
         logging_dir=folder / CURVES if config.output.report_to == "tensorboard" else None,
     )
+    notes = []
+    if on_main(accelerator, lambda: is_first_start(config.output)):
+        config = replaced(config, resume_from_checkpoint=None, overwrite=True)
+        notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
     on_main(accelerator, lambda: check_output(config))
     repo_id = on_main(accelerator, lambda: hub_id(config.hub, folder)) if config.hub.push_to_hub else None
-    sources, notes = find_images(config.data, concepts)
+    sources, found = find_images(config.data, concepts)
+    notes += found
     templates = load_templates(config.images.prompts_file) if config.images.prompts_file else []
     for source in sources:
         image_prompts(source)
@@ -186,6 +203,15 @@ def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sa
 def concept_name(concept: Concept, folder: Path) -> str:
     """castle for <castle>; without a placeholder the name of the run folder."""
     return re.sub(r"[^\w-]+", "", (concept.tokens or ("",))[0]) or folder.resolve().name
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses concepts whose files would have one name, also where the disk knows no upper case."""
+    if len({name.lower() for name in names}) < len(names):
+        listed = ", ".join(names)
+        raise UserError(
+            f"concepts: their files would be called {listed}; give each a placeholder_token of other letters"
+        )
 
 
 def run_name(config: TrainConfig) -> str:

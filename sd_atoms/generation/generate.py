@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
+from sd_atoms.machine import check_finite
 from sd_atoms.pipeline.sampling import Sampling, make_scheduler
 
 
@@ -55,14 +56,19 @@ def generate(
 
 @torch.no_grad()
 def _generate_one(pipe, request: Request, sampling: Sampling) -> Image.Image:
-    return pipe(
+    images = pipe(
         request.prompt,
         height=sampling.resolution,
         width=sampling.resolution,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),
-    ).images[0]
+        output_type="pt",
+    ).images  # (1, 3, H, W) in [0, 1]
+    what, why = f"the pixels of {request.prompt!r}, seed {request.seed},", "the base, or the adapter in it, is broken"
+    check_finite(images, what, f"{why}, or its autoencoder overflows in half precision: try dtype fp32")
+    processor = pipe.image_processor
+    return processor.numpy_to_pil(processor.pt_to_numpy(images))[0]
 
 
 @contextlib.contextmanager

@@ -194,6 +194,8 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
         UserError: there is none, it is a pickle, it is corrupt, or it is not a filter-atom adapter.
     """
     path = Path(resolve_source(str(source), "adapter")).expanduser()
+    if (path / "config.yaml").is_file() and (path / "adapter").is_dir():
+        path = path / "adapter"  # a run folder stands for its adapter
     if not path.exists():
         path = _download(str(source), revision)
     return replace(_read_file(path) if path.is_file() else _read_folder(path), source=str(source))

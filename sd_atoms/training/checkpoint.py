@@ -150,6 +150,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name).group(1)))
 
 
+def set_aside_later(folder: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step into `folder`/abandoned: the run goes on from there, on another branch."""
+    later = [path for path in checkpoints(folder) if int(NAME.fullmatch(path.name).group(1)) > step]
+    for path in later:
+        (folder / "abandoned").mkdir(exist_ok=True)
+        path.replace(folder / "abandoned" / path.name)
+    return later
+
+
 def find_checkpoint(choice: str, folder: Path) -> Path:
     """The file that --resume_from_checkpoint means: "latest", a path, or the name of one in `folder`.
 

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from sd_atoms.errors import UserError
+from sd_atoms.machine import check_finite
 from sd_atoms.methods import find_budget
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
@@ -66,6 +67,8 @@ def add_adapters(pipe, config: TrainConfig) -> None:
     if config.precision.mixed_precision != "no":
         for module in (pipe.unet, pipe.text_encoder):  # not the VAE: it overflows in fp16, and encodes only once
             module.to(dtype=DTYPES[config.precision.mixed_precision])
+    for name, weight in pipe.unet.named_parameters():
+        check_finite(weight, f"{name} of the base's UNet: weights", "the base is broken")
     adapter = adapter_config(pipe.unet, config)
     if adapter is not None:
         try:

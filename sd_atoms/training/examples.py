@@ -19,6 +19,7 @@ from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import fit, flip, to_tensor
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
+from sd_atoms.machine import check_finite
 
 
 class Latents(NamedTuple):
@@ -70,7 +71,8 @@ def encode_images(vae, records: Sequence[ImageRecord], how: Cropping) -> list[tu
     found = []
     for record in tqdm(records, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
         image = crop(record, how)
-        found.append((encode(image), encode(flip(image)) if how.data.random_flip else None))
+        mirrored = encode(flip(image), record.name) if how.data.random_flip else None
+        found.append((encode(image, record.name), mirrored))
     return found
 
 
@@ -105,23 +107,26 @@ def fingerprint(module: nn.Module) -> bytes:
 
 
 def _text_states(text_encoder, ids: torch.Tensor) -> torch.Tensor:
-    return text_encoder(ids.unsqueeze(0).to(text_encoder.device))[0][0].cpu()
+    states = text_encoder(ids.unsqueeze(0).to(text_encoder.device))[0][0].cpu()
+    check_finite(states, "the states of a prompt", "the text encoder of the base is broken")
+    return states
 
 
-def _encoder(vae, cache: Path | None) -> Callable[[Image.Image], Latents]:
+def _encoder(vae, cache: Path | None) -> Callable[[Image.Image, str], Latents]:
     own = fingerprint(vae) if cache is not None else None
 
     @torch.no_grad()
-    def encode(image: Image.Image) -> dict[str, torch.Tensor]:
+    def encode(image: Image.Image, name: str) -> dict[str, torch.Tensor]:
         posterior = vae.encode(to_tensor([image]).to(vae.device, vae.dtype)).latent_dist
         scale = vae.config.scaling_factor
+        check_finite(posterior.mean + posterior.std, f"the latents of {name}", "the autoencoder of the base is broken")
         return {"mean": posterior.mean[0].float().cpu() * scale, "std": posterior.std[0].float().cpu() * scale}
 
-    def cached(image: Image.Image) -> Latents:
+    def cached(image: Image.Image, name: str) -> Latents:
         if cache is None:
-            return Latents(**encode(image))
+            return Latents(**encode(image, name))
         key = _hash(own, f"{image.size}".encode(), image.tobytes())
-        return Latents(**_kept(cache / "latents" / f"{key}.safetensors", lambda: encode(image)))
+        return Latents(**_kept(cache / "latents" / f"{key}.safetensors", lambda: encode(image, name)))
 
     return cached
 

@@ -15,8 +15,8 @@ import torch
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
 from sd_atoms.settings import plain_values, read_settings, replaced, shown, to_yaml
-from sd_atoms.training.checkpoint import find_checkpoint, read_header
-from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.checkpoint import checkpoints, find_checkpoint, read_header
+from sd_atoms.training.config import OutputSettings, TrainConfig
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
 CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE = "checkpoints", "adapter", "images", "logs", "share"
@@ -54,6 +54,15 @@ def check_output(config: TrainConfig) -> None:
                 f"output_dir: {folder} holds another run; pass --overwrite to replace it, "
                 "--resume_from_checkpoint latest to go on with it, or another --output_dir"
             )
+
+
+def is_first_start(output: OutputSettings) -> bool:
+    """Whether going on with the latest checkpoint means to begin: there is no run yet, or one without checkpoint and
+    adapter. So a job that a cluster starts again needs one command only."""
+    folder = Path(output.output_dir)
+    if output.resume_from_checkpoint != "latest" or checkpoints(folder / CHECKPOINTS) or (folder / ADAPTER).exists():
+        return False
+    return (folder / CONFIG).exists() or not folder.exists() or not any(folder.iterdir())
 
 
 def open_run(config: TrainConfig, processes: int) -> None:

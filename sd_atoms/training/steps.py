@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.errors import UserError
-from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, set_aside_later
 from sd_atoms.training.config import LoopSettings, OptimiserSettings, OutputSettings, ValidationSettings
 from sd_atoms.training.interrupt import Interrupted, listening
 from sd_atoms.training.noise import sample_numbers
@@ -89,6 +89,9 @@ def run_steps(
     if checkpoint is not None:
         if main:
             cut_log(folder / LOG, progress.step)
+            later = set_aside_later(folder / CHECKPOINTS, progress.step)
+            if later:
+                print(f"Set aside in {CHECKPOINTS}/abandoned: {', '.join(path.name for path in later)}")
         accelerator.print(f"Resuming {checkpoint.name} at step {progress.step}")
     accelerator.wait_for_everyone()
 

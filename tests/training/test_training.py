@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from helpers import CASTLE, train_config
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sd_atoms.cli import train_main
 from sd_atoms.data.concepts import Source
@@ -542,3 +543,73 @@ def test_the_text_encoder_is_adapted_too_and_comes_along(tmp_path, pipe, kind):
     first = numbers(folder)
     assert train_main(["--config", str(folder / "config.yaml"), *words]) == 0
     assert same(numbers(folder), first)
+
+
+def test_latest_without_a_checkpoint_begins_at_the_start(tmp_path, capsys):
+    first = run(tmp_path / "run", resume_from_checkpoint="latest")
+    assert "there is no checkpoint yet" in capsys.readouterr().out
+    assert same(numbers(first), numbers(run(tmp_path / "other")))
+    shutil.rmtree(first / "checkpoints")  # finished: nothing of it may be lost
+    assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    shutil.rmtree(first / "adapter")  # as if killed before its first checkpoint
+    assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path, capsys):
+    whole = run(tmp_path / "run", checkpointing_steps=1, max_train_steps=3)
+    words = [
+        "--config",
+        str(whole / "config.yaml"),
+        "--resume_from_checkpoint",
+        "checkpoint-1",
+        "--max_train_steps",
+        "2",
+    ]
+    assert train_main(words) == 0
+    assert "abandoned: checkpoint-2.safetensors, checkpoint-3.safetensors" in capsys.readouterr().out
+    names = {path.name for path in (whole / "checkpoints").glob("*.safetensors")}
+    assert names == {"checkpoint-1.safetensors", "checkpoint-2.safetensors"}
+    assert [entry["step"] for entry in log(whole)] == [1, 2]
+
+
+def test_concepts_whose_files_would_have_one_name_are_refused(tmp_path, capsys):
+    concepts = [
+        dict(instance_data_dir="pocket:castle", instance_prompt=f"a {token}", placeholder_token=token,
+             initializer_token="castle")
+        for token in ("<x>", "*X*")
+    ]  # fmt: skip
+    path = tmp_path / "c.yaml"
+    settings = {key: value for key, value in SMALL.items() if key not in ONE_CONCEPT}
+    path.write_text(yaml.safe_dump({**settings, "concepts": concepts, "output_dir": str(tmp_path / "run")}))
+    assert train_main(["--config", str(path)]) == 2
+    assert "their files would be called x, X;" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "weight", "message"),
+    [
+        (
+            "vae",
+            "encoder.conv_in.weight",
+            "the latents of .*1.png are not finite; the autoencoder of the base is broken",
+        ),
+        ("unet", "conv_in.weight", "conv_in.weight of the base's UNet: weights are not finite; the base is broken"),
+        ("vae", "decoder.conv_in.weight", "the pixels of .* are not finite"),
+    ],
+)
+def test_numbers_that_are_none_are_named_where_they_arise(tmp_path, capsys, part, weight, message):
+    base = shutil.copytree(packaged_path("pocket"), tmp_path / "base")
+    file = base / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[weight].view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    cache = tmp_path / "cache"
+    words = {**SMALL, "pretrained_model_name_or_path": str(base), "cache_dir": str(cache)}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({**words, "output_dir": str(tmp_path / "run")}))
+    assert train_main(["--config", str(path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    if "latents" in message:
+        assert not list(cache.rglob("*.safetensors"))  # nothing unsound is kept
