@@ -7,6 +7,7 @@ Nothing of the package is imported here: a run is a process of CHECKOUT's train_
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import os
@@ -164,12 +165,12 @@ def keep_stopped(run: Path, out: Path) -> None:
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """The first difference of each case, none if the two folders hold the same, bit for bit."""
+    """The first difference of each file that differs; none if the two folders hold the same, bit for bit."""
     found = []
     if (one / INPUTS).read_bytes() != (other / INPUTS).read_bytes():
         found.append(f"{INPUTS}: {lines_difference(one / INPUTS, other / INPUTS)}")
     for case in sorted({path.name for folder in (one, other) for path in folder.iterdir() if path.is_dir()}):
-        found += [f"{case}: {difference}" for difference in list(differences(one / case, other / case))[:1]]
+        found += [f"{case}: {difference}" for difference in differences(one / case, other / case)]
     return found
 
 
@@ -230,12 +231,10 @@ def picture_difference(one: Path, other: Path) -> str:
 
 
 def lines_difference(one: Path, other: Path) -> str:
-    """The first line that two texts differ in."""
-    lines, other_lines = (path.read_text(encoding="utf-8").splitlines() for path in (one, other))
-    for number, (a, b) in enumerate(zip(lines, other_lines, strict=False), 1):
-        if a != b:
-            return f"line {number} is {a!r} and {b!r}"
-    return f"it has {len(lines)} and {len(other_lines)} lines"
+    """The lines that two texts differ in, up to three of them."""
+    texts = [path.read_text(encoding="utf-8").splitlines() for path in (one, other)]
+    found = [line for line in difflib.unified_diff(*texts, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
+    return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") or "the bytes differ"
 
 
 def main() -> None:
