@@ -8,8 +8,8 @@ from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.methods.config import TargetConfig, TunerType
-from sd_atoms.methods.model import base_of
 from sd_atoms.methods.selective import SelectiveLayer, SelectiveModel, all_layers, check_parameters, is_norm
+from sd_atoms.tuner.shared import base_of
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 BLOCK_ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")

@@ -11,9 +11,10 @@ from torch import nn
 from torch.func import functional_call
 
 from sd_atoms.atoms import mixing_dtype
+from sd_atoms.tuner.shared import Strengths
 
 
-class TunedLayer(nn.Module, BaseTunerLayer):
+class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
     """A layer whose adapters say what its parameters are; the base layer itself computes with them.
 
     So stride, groups, dilation and padding modes are right whatever they are, and the base is never written to. A
@@ -121,22 +122,9 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         self._originals.clear()
         self.merged_adapters.clear()
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = float(scale) * self.initial_scaling[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the strength of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
+    def initial_scale(self, adapter: str) -> float:
+        """The strength that its settings say."""
+        return self.initial_scaling[adapter]
 
 
 class DeltaLayer(TunedLayer):

@@ -9,8 +9,7 @@ from torch import nn
 
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.tuner import TARGET_SETS, named_targets
-
-ERRORS_SHOWN = 4
+from sd_atoms.tuner.shared import base_of, refuse_unfit_layers
 
 
 class TunedModel(BaseTuner):
@@ -41,28 +40,18 @@ class TunedModel(BaseTuner):
         self._refuse_unfit_layers(peft_config)
         return peft_config
 
+    def _refuse_unfit_layers(self, config: PeftConfig) -> None:
+        modules = dict(self.model.named_modules())
+
+        def check(name: str, module: nn.Module) -> None:
+            self._check_place(modules.get(name.rpartition(".")[0]), module)
+            self.check_layer(config, name, base_of(module))
+
+        refuse_unfit_layers(self, config, check)
+
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if isinstance(config.target_modules, set):  # PEFT shortens long lists to a set, whose order is no order
             config.target_modules = sorted(config.target_modules)
-
-    def _refuse_unfit_layers(self, config: PeftConfig) -> None:
-        """Finds every target that the settings cannot take, before the model is touched."""
-        modules = dict(self.model.named_modules())
-        unfit = []
-        for name, module in modules.items():
-            # bool(): PEFT answers with a match, or with a falsy object for an excluded module
-            if "base_layer" in name.split(".") or not bool(self._check_target_module_exists(config, name)):
-                continue
-            try:
-                self._check_place(modules.get(name.rpartition(".")[0]), module)
-                self.check_layer(config, name, base_of(module))
-            except ValueError as error:
-                unfit.append(f"{name} {error}")
-        if unfit:
-            more = f" (and {len(unfit) - ERRORS_SHOWN} more)" if len(unfit) > ERRORS_SHOWN else ""
-            raise ValueError(
-                f"target_modules: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}"
-            )
 
     def _check_place(self, parent: nn.Module | None, module: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
@@ -91,11 +80,6 @@ class TunedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The layer itself, without the adapters around it."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def register_tuner(config: type[PeftConfig], model: type[BaseTuner], peft_type: str) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.methods.config import TargetConfig, TunerType
 from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.methods.model import TunedModel, base_of
+from sd_atoms.methods.model import TunedModel
 from sd_atoms.tuner import named_targets
+from sd_atoms.tuner.shared import base_of
 
 KINDS = ("bias", "norm", "full")
 

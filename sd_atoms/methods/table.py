@@ -11,10 +11,10 @@ from sd_atoms.methods.difffit import DiffFitConfig
 from sd_atoms.methods.lora_conv import LoraConvConfig
 from sd_atoms.methods.lycoris import LycorisConfig
 from sd_atoms.methods.method import Method, Target, resolved_target
-from sd_atoms.methods.model import ERRORS_SHOWN, base_of
 from sd_atoms.methods.selective import SelectiveConfig
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig
 from sd_atoms.tuner.plan import CONVOLUTIONS
+from sd_atoms.tuner.shared import ERRORS_SHOWN, base_of
 
 DEFAULT_RANK = 4
 DEFAULT_OFT_BLOCK = 32  # PEFT's own

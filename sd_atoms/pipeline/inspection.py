@@ -14,7 +14,6 @@ from tqdm import tqdm
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
-from sd_atoms.methods.model import base_of
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_weight, base_weights, touched_layers
 from sd_atoms.pipeline.architectures import build_unet, unet_config
@@ -24,6 +23,7 @@ from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
+from sd_atoms.tuner.shared import base_of
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
 TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta", *LORA_PARTS)

@@ -27,11 +27,12 @@ from sd_atoms.atoms import (
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels
+from sd_atoms.tuner.shared import Strengths
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 
 
-class AtomsLayer(nn.Module, BaseTunerLayer):
+class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
     """A layer with adapters; `AtomsConv` and `AtomsLinear` say how it is computed. Per adapter it has:
 
     Trained: `atoms_delta`, ΔD (m, K), or ΔD1 (m, m1, K) of overcomplete atoms; `atoms_beta`, β (i, m, m1);
@@ -264,22 +265,9 @@ class AtomsLayer(nn.Module, BaseTunerLayer):
         self._original_weight = None
         self.merged_adapters.clear()
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = float(scale) * self.plan[adapter].scale
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the strength of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.plan[name].scale if scale is None else self.scaling[name] / scale
+    def initial_scale(self, adapter: str) -> float:
+        """The strength that the settings say for this layer."""
+        return self.plan[adapter].scale
 
     def _all_zero(self, adapters: list[str]) -> bool:
         """Whether all changes are zero. Looked up on the device only until one is first seen not to be."""

@@ -5,16 +5,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sd_atoms.tuner.combine import add_weighted_adapter
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.layer import AtomsConv, AtomsLayer, AtomsLinear
 from sd_atoms.tuner.plan import layer_plan
+from sd_atoms.tuner.shared import base_of, refuse_unfit_layers
 from sd_atoms.tuner.targets import TARGET_SETS, named_targets
-
-ERRORS_SHOWN = 4
 
 
 class AtomsModel(BaseTuner):
@@ -29,25 +28,8 @@ class AtomsModel(BaseTuner):
             peft_config.target_modules = "conv3x3"
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules in TARGET_SETS:
             peft_config.target_modules = named_targets(self.model, peft_config.target_modules)
-        self._refuse_unfit_layers(peft_config)
+        refuse_unfit_layers(self, peft_config, lambda name, module: _check(peft_config, name, module))
         return peft_config
-
-    def _refuse_unfit_layers(self, config: AtomsConfig) -> None:
-        """Finds every target that the settings cannot take, before the model is touched."""
-        unfit = []
-        for name, module in self.model.named_modules():
-            # bool(): PEFT answers with a match, or with a falsy object for an excluded module
-            if "base_layer" in name.split(".") or not bool(self._check_target_module_exists(config, name)):
-                continue
-            try:
-                layer_plan(config, name, _base_layer(module))
-            except ValueError as error:
-                unfit.append(f"{name} {error}")
-        if unfit:
-            more = f" (and {len(unfit) - ERRORS_SHOWN} more)" if len(unfit) > ERRORS_SHOWN else ""
-            raise ValueError(
-                f"target_modules: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}"
-            )
 
     def _create_and_replace(
         self,
@@ -59,12 +41,12 @@ class AtomsModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        plan = layer_plan(peft_config, current_key, _base_layer(target))
+        plan = layer_plan(peft_config, current_key, base_of(target))
         seed = zlib.crc32(f"{peft_config.seed}:{current_key}".encode())  # layers of one shape do not share their β
         if isinstance(target, AtomsLayer):
             target.update_layer(adapter_name, peft_config, plan, seed)
             return
-        kind = AtomsLinear if isinstance(_base_layer(target), nn.Linear) else AtomsConv
+        kind = AtomsLinear if isinstance(base_of(target), nn.Linear) else AtomsConv
         layer = kind(target, adapter_name, peft_config, plan, seed)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -75,5 +57,7 @@ class AtomsModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name)
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+def _check(config: AtomsConfig, name: str, module: nn.Module) -> None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, AtomsLayer) and module._get_available_adapters():
+        raise ValueError(f"carries an adapter of another kind ({type(module).__name__})")
+    layer_plan(config, name, base_of(module))

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -657,3 +657,9 @@ def test_no_large_weight_is_kept(monkeypatch):
     with torch.no_grad():
         layer(torch.randn(2, 4, 7, 7))
     assert layer._cached is None
+
+
+def test_a_layer_that_carries_another_kind_of_adapter_is_refused():
+    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3)), LoraConfig(r=2, target_modules=["0"])).base_model.model
+    with pytest.raises(ValueError, match=r"0 carries an adapter of another kind \(Conv2d\)"):
+        inject_adapter_in_model(AtomsConfig(target_modules=["0"]), model, "atoms")

@@ -1,0 +1,66 @@
+"""What filter atoms share with the other tuners of this package: strengths, and which layers are refused."""
+
+from collections.abc import Callable
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+ERRORS_SHOWN = 4
+
+
+class Strengths:
+    """The strengths of a layer's adapters, `scaling`, by the calls that PEFT and diffusers make."""
+
+    scaling: dict[str, float]
+
+    def initial_scale(self, adapter: str) -> float:
+        """What the strength of an adapter is when it is set to 1."""
+        raise NotImplementedError
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale) * self.initial_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scale(name) if scale is None else self.scaling[name] / scale
+
+
+def refuse_unfit_layers(tuner: BaseTuner, config: PeftConfig, check: Callable[[str, nn.Module], None]) -> None:
+    """Finds every target that the settings cannot take, before the model is touched.
+
+    Args:
+        tuner: about to put its layers into its model.
+        config: the settings.
+        check: raises ValueError for the layer of that name, adapters around it included; without the name.
+
+    Raises:
+        ValueError: there are some; the message names the first of them.
+    """
+    unfit = []
+    for name, module in tuner.model.named_modules():
+        # bool(): PEFT answers with a match, or with a falsy object for an excluded module
+        if "base_layer" in name.split(".") or not bool(tuner._check_target_module_exists(config, name)):
+            continue
+        try:
+            check(name, module)
+        except ValueError as error:
+            unfit.append(f"{name} {error}")
+    if unfit:
+        more = f" (and {len(unfit) - ERRORS_SHOWN} more)" if len(unfit) > ERRORS_SHOWN else ""
+        raise ValueError(f"target_modules: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}")
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer itself, without the adapters around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
