@@ -92,7 +92,8 @@ def find_base(given: str | None, adapter: str, header: Header) -> str:
         raise UserError(f"pretrained_model_name_or_path is required: {adapter} does not name its base")
     if packaged_path(header.base) or is_hub_id(header.base) or Path(header.base).expanduser().exists():
         return header.base
-    for folder in Path(adapter).expanduser().resolve().parents[:3]:
+    place = Path(adapter).expanduser().resolve()
+    for folder in (place, *place.parents[:2]):
         config = folder / "config.yaml"
         if config.is_file():
             base = read_yaml(config).get("pretrained_model_name_or_path")

@@ -137,6 +137,8 @@ def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()
 
 
 def _check_same_settings(config: TrainConfig, path: Path) -> None:
-    changed = changed_settings(config, path, FREE_ON_RESUME)
+    # a budget chooses the size anew, the same one for the same base
+    sized = {"budget", *config.method.chosen().settings} if config.method.budget is not None else ()
+    changed = changed_settings(config, path, {*FREE_ON_RESUME, *sized})
     if changed:
         raise UserError(f"resume_from_checkpoint: the run had other settings: {'; '.join(changed)}")

@@ -180,7 +180,7 @@ def test_half_precision_bases_train_float32(place, tmp_path, method):
     own = [p for layer in tuner_layers(pipe.unet).values() for part in layer.adapter_layer_names
            for p in getattr(layer, part).parameters()]  # fmt: skip
     assert {parameter.dtype for parameter in own} == {torch.float32}
-    assert drawn(pipe).shape == (32, 32, 3)
+    assert drawn(pipe).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
