@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
+from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_weight, base_weights, touched_layers
 from sd_atoms.pipeline.architectures import build_unet, unet_config
@@ -179,7 +180,7 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
 
 def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict[str, Any]:
     weight = base_weight(layer).detach()
-    change = layer.get_delta_weight(adapter).reshape(weight.shape)
+    change = _change(layer, adapter)
     terms = layer.change_terms(adapter) if isinstance(layer, AtomsLayer) else ()
     kernel = tuple(weight.shape[2:])
     spatial = math.prod(kernel) > 1
@@ -212,6 +213,20 @@ def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict
     if adapter in layer.atoms_block_delta:
         entry["block_atom_changes"] = atom_changes(layer.atoms_block_delta[adapter] * strength).tolist()
     return _finite(entry)
+
+
+def _change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
+    """What an adapter adds to the weight of a layer; of PEFT's own tuners, whose `get_delta_weight` means what they
+    like, by merging it."""
+    if isinstance(layer, (AtomsLayer, TunedLayer)):
+        return layer.get_delta_weight(adapter)
+    weight = layer.get_base_layer().weight
+    before = weight.detach().clone()
+    layer.merge(adapter_names=[adapter])
+    change = weight.detach() - before
+    layer.merged_adapters.clear()
+    weight.data.copy_(before)
+    return change
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
