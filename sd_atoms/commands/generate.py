@@ -62,6 +62,9 @@ def run(config: Settings) -> Path:
     token = config.token or next(iter(artefact.tokens), None)
     if token is None:
         raise UserError(f"token is required: {config.adapter} brings no word of its own")
+    if config.adapter_scale != 1 and artefact.config is None and artefact.text_config is None:
+        scale = f"adapter_scale={config.adapter_scale:g}"
+        raise UserError(f"{scale}: {config.adapter} has tokens alone, which have no strength")
     base_token = config.base_token or header.tokens.get(token) or token
     chosen = {
         key: getattr(config, key) for key in ("guidance_scale", "num_inference_steps", "scheduler", "resolution")

@@ -123,8 +123,8 @@ def run(config: TrainConfig) -> Path:
     # Save
     about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
     if accelerator.is_main_process:
-        save_adapter(pipe, folder / ADAPTER, tokens=config.tokens, about=about)
-        save_adapter(pipe, folder / f"{name}.safetensors", tokens=config.tokens, about=about)
+        for place in (folder / ADAPTER, folder / f"{name}.safetensors"):
+            save_adapter(pipe, place, tokens=outcome.rows or config.tokens, about=about)
 
     # Draw
     sets = [image_sets(config.images, config.output, concepts, concept, templates) for concept in concepts]
@@ -286,9 +286,10 @@ def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
     commands = [shlex.join([*words, "--out", str(adapter.parent / "more")])]
     if config.output.report_to == "tensorboard":
         commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))
+    load = "load_atoms" if config.method.chosen().name == "atoms" else "load_adapter"
     code = (
-        "from sd_atoms.pipeline import open_base, load_atoms; "
-        f"pipe = open_base({config.base.pretrained_model_name_or_path!r}); load_atoms(pipe, {str(adapter)!r}); "
+        f"from sd_atoms.pipeline import open_base, {load}; "
+        f"pipe = open_base({config.base.pretrained_model_name_or_path!r}); {load}(pipe, {str(adapter)!r}); "
         f"pipe({concept + ' at night'!r}, guidance_scale={config.images.guidance_scale:g})"
         ".images[0].save('night.png')"
     )

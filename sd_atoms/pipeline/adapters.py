@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def save_adapter(
     path: str | Path,
     adapter_name: str = "default",
     *,
-    tokens: list[str] | tuple[str, ...] = (),
+    tokens: Sequence[str] | Mapping[str, torch.Tensor] = (),
     dtype: str = "fp32",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -53,7 +53,8 @@ def save_adapter(
             and `text_encoder`.
         path: a folder, or a file ending in .safetensors.
         adapter_name: which adapter.
-        tokens: placeholder tokens to store with their embedding rows.
+        tokens: placeholder tokens to store with their embedding rows, those of `pipe` or, token -> row (d,), of more
+            bits than a table in half precision has.
         dtype: "fp32" (bit for bit what was trained), "fp16" or "bf16" (half the size).
         about: what else the header should say, JSON-able: base, initializer, prompt, training, …
 
@@ -77,7 +78,8 @@ def save_adapter(
         about["fingerprint"] = to_text(_fingerprint(base_weights(pipe.unet, touched_layers(pipe.unet, state))))
     about["versions"] = {name: version(name) for name in LIBRARIES}
     text_config, text_state = _text_part(pipe, adapter_name)
-    artefact = Artefact(config, state, placeholder_rows(pipe, list(tokens)), about, text_config, text_state)
+    rows = dict(tokens) if isinstance(tokens, Mapping) else placeholder_rows(pipe, list(tokens))
+    artefact = Artefact(config, state, rows, about, text_config, text_state)
     return write_artefact(artefact, path, DTYPES[dtype])
 
 

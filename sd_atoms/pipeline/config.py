@@ -10,6 +10,7 @@ import peft.mapping
 from peft import PeftConfig
 
 from sd_atoms.errors import UserError
+from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import one_line
 from sd_atoms.tuner.config import PEFT_TYPE
 
@@ -29,10 +30,10 @@ def peft_config(where: Path | str, settings: Mapping[str, Any]) -> PeftConfig:
     Raises:
         UserError: there is no such tuner, or PEFT refuses the settings; one line that begins with `where`.
     """
-    kind = settings.get("peft_type")
-    known = {
-        str(getattr(name, "value", name)): made for name, made in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()
-    }
+    kind, known = settings.get("peft_type"), _known()
+    if kind not in known:
+        all_methods()  # a package that brings a method makes PEFT know its tuner when it is imported
+        known = _known()
     if kind not in known:
         raise UserError(f"{where}: peft_type is {kind!r}; one of {', '.join(known)} is allowed")
     allowed = CONFIG_KEYS if kind == PEFT_TYPE else [field.name for field in fields(known[kind]) if field.init]
@@ -41,6 +42,11 @@ def peft_config(where: Path | str, settings: Mapping[str, Any]) -> PeftConfig:
         return known[kind](**own, inference_mode=True)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: {one_line(error)}") from error
+
+
+def _known() -> dict[str, type[PeftConfig]]:
+    """peft_type -> its config, of all tuners that PEFT knows by now."""
+    return {str(getattr(name, "value", name)): made for name, made in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
 def plain_settings(config: PeftConfig) -> dict[str, Any]:

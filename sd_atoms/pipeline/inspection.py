@@ -1,7 +1,7 @@
 """What an adapter changes, and what a UNet has to adapt: the job of `sd-atoms inspect`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,12 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
 
     Returns:
         What the header says; `text_encoder`, which is the `kind`, `layers` and `trained_numbers` of its adapter, or
-        None; `relative_change` |ΔF|/|F| over all adapted layers of the UNet; its `blocks`; its `layers` from input to
-        output. Of a layer: `relative_change`, `energy` |ΔF|² and its `share` of all, `gain_zero` and
-        `gain_pi` (see `frequency_gain`; None with one tap, or where the base has no response), `condition` (None
-        unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom (`atom_changes`, `block_atom_changes`),
-        and the numbers of its `atoms` and their change where all input channels share them.
+        None; `relative_change` |ΔF|/|F| over all adapted layers of the UNet, `bias_change` |Δb|/|b| over all trained
+        biases or None; its `blocks`; its `layers` from input to output. Of a layer: `relative_change`, `energy` |ΔF|²
+        and its `share` of all, `gain_zero` and `gain_pi` (see `frequency_gain`; None with one tap, or where the base
+        has no response), `condition` (None unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom
+        (`atom_changes`, `block_atom_changes`), and the numbers of its `atoms` and their change where all input
+        channels share them.
 
     Raises:
         UserError: adapter or base cannot be opened, they do not fit, or the adapter's numbers are not finite.
@@ -165,6 +166,7 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
             "trained_numbers": _trained(artefact.text_state),
         },
         "relative_change": _relative(layers),
+        "bias_change": _bias_change(modules.values()),
         "blocks": [
             {
                 "block": block,
@@ -229,6 +231,17 @@ def _change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
     return change
 
 
+def _bias_change(layers: Iterable[BaseTunerLayer], adapter: str = "default") -> float | None:
+    """|Δb|/|b| over the biases that an adapter trains; None if it trains none."""
+    changes, originals = [], []
+    for layer in layers:
+        value = layer.merged_values([adapter]).get("bias") if isinstance(layer, TunedLayer) else None
+        if value is not None:
+            originals.append(layer.original("bias").to(value.dtype))
+            changes.append(value - originals[-1])
+    return relative_change(torch.cat(originals), torch.cat(changes)) if changes else None
+
+
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
@@ -238,6 +251,8 @@ def _relative(layers: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _kind(weight: torch.Tensor) -> str:
+    if weight.dim() == 1:
+        return "norm"
     return "×".join(map(str, weight.shape[2:])) or "Linear"
 
 

@@ -73,6 +73,7 @@ def model_card(
         drawn: how many such pictures the run has, of which `pictures` are some.
         repo_id: where it is shared, "owner/name"; None = the reader has the folder.
     """
+    config = {**config, "method": about.get("method") or config.get("method") or "atoms"}
     sections = [
         front_matter(config, pictures),
         f"# {escaped(Path(file.name).stem)}: {escaped(_method(config))} for {escaped(_base(config))}",
@@ -245,7 +246,8 @@ def _rates(config: Mapping[str, Any], header: Mapping[str, Any]) -> str:
         "text_learning_rate": config.get("train_text_encoder"),
     }
     values = {key: header.get(key, config.get(key)) for key in RATES if used[key]}
-    rates = [f"{value:g} ({RATES[key]})" for key, value in values.items() if value is not None]
+    whose = RATES if _method(config) == ATOMS else RATES | {"learning_rate": _method(config)}
+    rates = [f"{value:g} ({whose[key]})" for key, value in values.items() if value is not None]
     schedule = [config["lr_scheduler"]] if rates and config.get("lr_scheduler") else []
     return escaped(", ".join(rates + schedule))
 
@@ -316,7 +318,7 @@ def _tokens(concept: Mapping[str, Any]) -> list[str]:
 def _method(config: Mapping[str, Any]) -> str:
     """What people call the method; runs of old have no such setting."""
     name = config.get("method", "atoms")
-    return ATOMS if name == "atoms" else config.get("peft_config") or name
+    return ATOMS if name == "atoms" else name
 
 
 def _base(config: Mapping[str, Any]) -> str:

@@ -116,15 +116,18 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         f"seed {training['seed']}" if "seed" in training else "",
         f"{about['resolution']} px" if about.get("resolution") else "",
     ]
+    change = f"|ΔF|/|F| = {result['relative_change']:.2%} over all adapted layers"
+    if result["bias_change"] is not None:
+        change += f", |Δb|/|b| = {result['bias_change']:.2%} over the trained biases"
     facts = {
         "adapter": f"{result['adapter']}: {len(result['layers'])} layers, {trained}{size}",
         "base": base,
         "tokens": tokens or "none",
         "prompt": about.get("instance_prompt") or "not recorded",
         "training": ", ".join(filter(None, words)) or "not recorded",
-        "atoms": result["mode"],
+        "atoms" if result["method"] == "atoms" else "method": result["mode"],
         "text": text,
-        "change": f"|ΔF|/|F| = {result['relative_change']:.2%} over all adapted layers",
+        "change": change,
     }
     return [f"{name:<9} {value}" for name, value in facts.items() if value]
 

@@ -1,7 +1,7 @@
 """A concept taught to a diffusion pipeline: its adapters and tokens, its loss, and what comes out."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class Outcome:
     trainable_token_params: int  # entries of trained embedding rows
     trainable_text_params: int = 0  # entries of the text encoder's adapter
     kept_step: int | None = None  # whose values are saved, if not the last one's
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)  # token -> trained row (d,), float32
 
     def entries(self) -> dict[str, int | None]:
         """The same for metrics.json."""
@@ -183,8 +184,10 @@ def train_diffusion(
     )
 
     # the pipeline as it was, plus what was learned
+    trained_rows = {}
     if rows is not None:
         pipe.text_encoder.set_input_embeddings(rows.write_back())
+        trained_rows = dict(zip(config.tokens, rows.rows.detach(), strict=True))
     if config.loop.gradient_checkpointing:
         pipe.unet.disable_gradient_checkpointing()
     pipe.unet.eval()
@@ -199,6 +202,7 @@ def train_diffusion(
         trainable_token_params=rows.rows.numel() if rows is not None else 0,
         trainable_text_params=sum(p.numel() for p in text),
         kept_step=progress.best_step if progress.best else None,
+        rows=trained_rows,
     )
 
 

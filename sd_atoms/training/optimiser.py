@@ -25,11 +25,13 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     usual = {
         "learning_rate": method.rates.get(method.main_kinds[0]),
         "beta_learning_rate": method.rates.get("beta", METHODS["atoms"].rates["beta"]),
-        "token_learning_rate": METHODS["token"].rates["row"],
+        "token_learning_rate": METHODS["token"].rates["row"],  # of method token, what learning_rate says
         "text_learning_rate": TEXT_RATES[config.text.text_adapter],
     }
     if config.optimiser.optimizer == "prodigy":
         usual = dict.fromkeys(usual, 1.0)
+    if method.main_kinds == ("row",) and config.optimiser.learning_rate is not None:
+        usual["token_learning_rate"] = config.optimiser.learning_rate
     left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}
     return replaced(config, target=config.method.target or method.default_target, **left_open)
 

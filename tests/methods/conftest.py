@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from runs import METHODS, TEACHER, run
+from tiny import one_core, write_photos, write_tiny_base
 from torch import nn
 
 from sd_atoms.methods.adapters import add_adapter
@@ -87,3 +89,49 @@ def moved():
         return model
 
     return make
+
+
+@pytest.fixture(scope="module")
+def on_one_core():
+    """For whole runs: threads cost such small ones more than they bring."""
+    with one_core():
+        yield
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a base, photos and templates."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_tiny_base(folder / "tiny")
+    write_photos(folder / "photos")
+    (folder / "one.txt").write_text("a {} in snow\n")
+    (folder / "unrelated.txt").write_text("a barn\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place):
+    """method -> its run, made once."""
+    made = {}
+
+    def get(method):
+        if method not in made:
+            made[method] = run(place, method, place / method)
+        return made[method]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def taught(place):
+    """method -> another run of it, made once: with a teacher and with a text encoder's adapter, of either kind."""
+    made = {}
+
+    def get(method):
+        if method not in made:
+            kind = ("atoms", "lora")[METHODS.index(method) % 2]
+            text = dict(train_text_encoder=True, text_adapter=kind, text_learning_rate=0.3)
+            made[method] = run(place, method, place / f"taught-{method}", seed=1, **TEACHER, **text)
+        return made[method]
+
+    return get

@@ -1,335 +1,309 @@
-"""Every method through the door: trained by the command, saved, loaded, resumed, merged, shared, on a tiny base."""
+"""Every method through the door: trained by the command, saved, loaded, resumed, merged, drawn, on a tiny base."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from PIL import Image
+from runs import (
+    METHODS,
+    PLAIN_PROMPT,
+    PUT_IN,
+    TEACHER,
+    command_line,
+    drawn,
+    opened,
+    parameters,
+    pixels,
+    predicted,
+    run,
+    same,
+    without_wrappers,
+    words,
+)
 from safetensors.torch import load_file
-from tiny import one_core, write_photos, write_tiny_base
 
 import sd_atoms
-from sd_atoms.cli import main, train_main
+from sd_atoms.cli import train_main
 from sd_atoms.errors import AtomsWarning, UserError
-from sd_atoms.generation import Request, generate
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import adapters_off, merge_adapters, set_adapters, tuner_layers, unmerge_adapters
-from sd_atoms.pipeline import open_base, read_artefact
-from sd_atoms.pipeline.sampling import Sampling
+from sd_atoms.pipeline import read_artefact, save_adapter
 
-METHODS = list(all_methods())
-PUT_IN = [name for name in METHODS if name != "token"]
-# steps that show: the usual rates of a few steps change no pixel
-RATES = dict.fromkeys(METHODS, 0.02) | {"full": 1e-3}
-WORDS = {
-    "initializer_token": "castle", "placeholder_token": "<castle>", "instance_prompt": "photo of a <castle>",
-    "train_batch_size": 1, "lr_warmup_steps": 0, "num_instance_images": 1, "num_inference_steps": 2,
-    "report_to": "none", "max_train_steps": 4, "checkpointing_steps": 2,
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("on_one_core")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_core():
-    with one_core():
-        yield
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with the base and the photos."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_tiny_base(folder / "tiny")
-    write_photos(folder / "photos")
-    return folder
-
-
-def words(place, method, out, **settings):
-    values = {
-        **WORDS, "pretrained_model_name_or_path": place / "tiny", "instance_data_dir": place / "photos",
-        "method": method, "learning_rate": RATES.get(method, 0.02), "output_dir": out, **settings,
-    }  # fmt: skip
-    flags = ["--train_token_embedding"]
-    for name, value in values.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)] if value is not None else []
-    return flags
-
-
-@pytest.fixture(scope="module")
-def trained(place):
-    """method -> its run folder, trained once."""
-    made = {}
-
-    def run(method):
-        if method not in made:
-            made[method] = place / method
-            assert train_main(words(place, method, place / method)) == 0
-        return made[method]
-
-    return run
-
-
-def opened(place, **settings):
-    return open_base(str(place / "tiny"), **settings)
-
-
-def drawn(pipe, prompt="photo of a <castle>"):
-    sampling = Sampling(7.5, 2, "ddim", None)
-    return np.asarray(next(iter(generate(pipe, [Request(prompt, 0, "")], sampling)))[1])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_moves_the_named_parameters_and_no_others(place, trained, method):
+    made, base = trained(method), opened(place)
+    after = parameters(made.pipe)
+    own = {name for name, value in after.items() if value.requires_grad}
+    table = "text_encoder.embeddings.token_embedding.weight"
+    moved = {name for name, value in after.items() if not torch.equal(value, made.before[name])}
+    assert moved == own | {table}
+    assert all("default" in name.split(".") for name in own)
+    known = all_methods()[method]
+    assert {known.kind(name) for name in own} <= set(known.rates)
+    assert set(known.main_kinds) <= {known.kind(name) for name in own} | {"row", "block"}
+    numbers = json.loads((made.folder / "metrics.json").read_text())["training"]
+    assert numbers["trained_numbers"] == sum(after[name].numel() for name in own)
+    bare, expected = without_wrappers(after), parameters(base)
+    assert all(torch.equal(bare[name], value) for name, value in expected.items() if name != table)
+    rows, word = len(expected[table]), base.tokenizer.convert_tokens_to_ids("castle</w>")
+    assert torch.equal(bare[table][:rows], expected[table])
+    assert not torch.equal(bare[table][rows], expected[table][word])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_draws_what_the_training_drew_and_off_is_the_base(place, trained, method):
-    run = trained(method)
-    expected = np.asarray(Image.open(run / "images" / "instance-00.png"))
-    base = drawn(opened(place), "photo of a castle")
-    for source in (run / "castle.safetensors", run / "adapter", run):
+    made, base = trained(method), opened(place)
+    expected, plain = made.picture(), drawn(base, PLAIN_PROMPT)
+    assert (made.picture("base-instance-00") == plain).all()
+    assert (expected != plain).any()
+    for source in (made.file, made.folder / "adapter"):
         pipe = opened(place)
-        artefact = sd_atoms.load_adapter(pipe, source)
+        artefact = sd_atoms.load_adapter(pipe, source, "castle")
         assert artefact.method == method
         assert (drawn(pipe) == expected).all(), source
         with adapters_off(pipe.unet, pipe.text_encoder):
-            assert (drawn(pipe, "photo of a castle") == base).all()
-    if method != "token":
-        pipe.unet.delete_adapters("default")
-        assert (drawn(pipe, "photo of a castle") == base).all()
-        moved = [key for key, value in read_artefact(run).state.items() if value.any()]
-        assert moved
+            assert (drawn(pipe, PLAIN_PROMPT) == plain).all()
+        if method != "token":
+            assert (drawn(pipe, PLAIN_PROMPT) != plain).any()
+            pipe.delete_adapters("castle")
+        assert (drawn(pipe, PLAIN_PROMPT) == plain).all()
+        assert same(without_wrappers(pipe.unet.state_dict()), base.unet.state_dict())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_one_that_never_stopped(place, trained, tmp_path, method):
+def test_a_resumed_run_is_one_that_never_stopped(place, trained, tmp_path, method, capsys):
     whole = trained(method)
-    assert train_main(words(place, method, tmp_path / "run", max_train_steps=2, lr_scheduler="constant")) == 0
-    again = ["--resume_from_checkpoint", "latest"]
-    assert train_main([*words(place, method, tmp_path / "run", lr_scheduler="constant"), *again]) == 0
-    assert train_main(words(place, method, tmp_path / "whole", lr_scheduler="constant")) == 0
-    one, other = (load_file(tmp_path / name / "castle.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(one[key], other[key]) for key in other)
-    assert one.keys() == load_file(whole / "castle.safetensors").keys()
+    stopped = tmp_path / "run"
+    shutil.copytree(whole.folder, stopped, ignore=shutil.ignore_patterns("adapter", "castle*", "*-4.*", "images"))
+    again = run(place, method, stopped, resume_from_checkpoint="latest")
+    assert "Resuming checkpoint-2.safetensors at step 2" in capsys.readouterr().out
+    assert same(load_file(again.file), load_file(whole.file))
+    assert (again.picture() == whole.picture()).all()
+    assert [json.loads(line)["step"] for line in (stopped / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_teacher_is_the_base(place, taught, method):
+    made, base = taught(method), opened(place)
+    ids = base.tokenizer(TEACHER["class_prompt"], padding="max_length", return_tensors="pt").input_ids
+    assert len(made.teacher) == 4
+    with torch.no_grad():
+        states = base.text_encoder(ids)[0]
+        for noisy, timestep, prediction, target in made.teacher:
+            assert torch.equal(base.unet(noisy, timestep, states).sample, target)
+            assert torch.isfinite(prediction).all()
+    assert not torch.equal(*made.teacher[-1][2:])  # the student has moved by then
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_base_pictures_are_of_a_base_that_never_saw_an_adapter(place, taught, tmp_path, method):
+    made, base = taught(method), opened(place)
+    draw = ["generate", "--adapter", made.file, "--prompts", place / "one.txt", "--seeds", "0", "--compare_base"]
+    assert command_line(*draw, "--out", tmp_path / "out") == 0
+    ours, plain = (pixels(tmp_path / "out" / f"{name}prompt00-seed0.png") for name in ("", "base-"))
+    assert (plain == drawn(base, "a castle in snow")).all()
+    pipe = opened(place)
+    sd_atoms.load_adapter(pipe, made.folder)
+    assert (ours == drawn(pipe, "a <castle> in snow")).all()
+    with adapters_off(pipe.unet):  # the text encoder's part alone shows, so it must have been off above
+        assert (drawn(pipe, "a castle in snow") != plain).any()
+    assert (made.picture("base-instance-00") == drawn(base, PLAIN_PROMPT)).all()
+
+
+def two(place, trained, taught, method):
+    """A pipeline with two adapters of a method in its UNet."""
+    pipe = opened(place)
+    for name, made in (("one", trained(method)), ("two", taught(method))):
+        artefact = read_artefact(made.file)
+        sd_atoms.load_adapter(pipe, dataclasses.replace(artefact, tokens={}, text_config=None, text_state={}), name)
+    return pipe
+
+
+def merged_change(pipe, names, weights):
+    """What adapters with weights add to each parameter of the base."""
+    pipe.set_adapters(names, weights)
+    names = [name for name, _ in pipe.unet.named_parameters() if ".base_layer." in name]
+    before = {name: pipe.unet.get_parameter(name).clone() for name in names}
+    originals = merge_adapters(pipe.unet)
+    change = {name: pipe.unet.get_parameter(name) - before[name] for name in names}
+    unmerge_adapters(pipe.unet, originals)
+    return change
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [name for name in PUT_IN if all_methods()[name].linear])
+def test_changes_of_two_adapters_add_up_by_their_weights(place, trained, taught, method):
+    pipe = two(place, trained, taught, method)
+    one, other = (merged_change(pipe, [name], [1.0]) for name in ("one", "two"))
+    both = merged_change(pipe, ["one", "two"], [0.5, -1.5])
+    assert any(change.any() for change in both.values())
+    for name, change in both.items():
+        expected = 0.5 * one[name] - 1.5 * other[name]
+        size = expected.norm() + pipe.unet.get_parameter(name).norm()
+        assert (change - expected).norm() <= 1e-5 * size, name
+
+
+@pytest.mark.parametrize("method", [name for name in PUT_IN if not all_methods()[name].linear])
+def test_two_adapters_whose_changes_do_not_add_up_work_side_by_side(place, trained, taught, method):
+    pipe, alone = two(place, trained, taught, method), opened(place)
+    sd_atoms.load_adapter(alone, trained(method).file)
+    set_adapters(pipe.unet, ["one"], [1.0])
+    assert torch.equal(predicted(pipe.unet), predicted(alone.unet))
+    set_adapters(pipe.unet, ["one", "two"], [1.0, 1.0])
+    assert not torch.equal(predicted(pipe.unet), predicted(alone.unet))
+
+
+def test_oft_takes_no_strength_and_says_so_in_one_line(place, trained, taught, tmp_path, capsys):
+    pipe = two(place, trained, taught, "oft")
+    with pytest.raises(UserError, match=r"^weight=0.5 for 'one': OFT has no strength, only 1 is allowed$"):
+        set_adapters(pipe.unet, ["one", "two"], [0.5, 1.0])
+    draw = ["generate", "--prompts", place / "one.txt", "--seeds", "0", "--adapter_scale", "0.5"]
+    capsys.readouterr()
+    for method, message in (
+        ("oft", "error: weight=0.5 for 'default': OFT has no strength, only 1 is allowed\n"),
+        ("token", f"error: adapter_scale=0.5: {trained('token').file} has tokens alone, which have no strength\n"),
+    ):
+        assert command_line(*draw, "--adapter", trained(method).file, "--out", tmp_path / method) == 2
+        assert capsys.readouterr().err.endswith(message)
+        assert not (tmp_path / method).exists()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", PUT_IN)
 def test_merged_is_unmerged_and_comes_back_bit_for_bit(place, trained, method):
     pipe = opened(place)
-    sd_atoms.load_adapter(pipe, trained(method))
+    sd_atoms.load_adapter(pipe, trained(method).folder)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    inputs = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, pipe.unet.config.cross_attention_dim)
-    with torch.no_grad():
-        plain = pipe.unet(*inputs).sample
-        originals = merge_adapters(pipe.unet)
-        merged = pipe.unet(*inputs).sample
-        unmerge_adapters(pipe.unet, originals)
-    assert (merged - plain).norm() <= 1e-5 * plain.norm()
-    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
-
-
-@pytest.mark.parametrize("method", PUT_IN)
-def test_plain_peft_reads_the_adapter_folder(place, trained, method):
-    pipe, plain = opened(place), opened(place)
-    sd_atoms.load_adapter(pipe, trained(method))
-    unet = PeftModel.from_pretrained(plain.unet, str(trained(method) / "adapter"))
-    inputs = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, pipe.unet.config.cross_attention_dim)
-    with torch.no_grad():
-        assert torch.equal(unet(*inputs).sample, pipe.unet(*inputs).sample)
-
-
-@pytest.mark.parametrize(("method", "alpha"), [("lora", None), ("lora", 2.0), ("locon", None), ("locon", 8.0)])
-def test_plain_diffusers_reads_a_lora_file(place, tmp_path, method, alpha):
-    assert train_main(words(place, method, tmp_path / "run", alpha=alpha)) == 0
-    pipe, plain = opened(place), StableDiffusionPipeline.from_pretrained(place / "tiny", safety_checker=None)
-    artefact = sd_atoms.load_adapter(pipe, tmp_path / "run" / "castle.safetensors")
-    plain.load_lora_weights(str(tmp_path / "run"), weight_name="castle.safetensors")
-    plain.set_progress_bar_config(disable=True)
-    sd_atoms.pipeline.add_placeholder_tokens(plain, artefact.tokens)
-    assert (drawn(plain) == drawn(pipe)).all()
-    assert (drawn(plain) != drawn(opened(place), "photo of a castle")).any()
-
-
-@pytest.mark.parametrize("method", PUT_IN)
-def test_two_adapters_work_side_by_side_with_strengths(place, trained, method):
-    pipe = opened(place)
-    for name in ("one", "two"):
-        sd_atoms.load_adapter(pipe, trained(method), name)
-    inputs = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, pipe.unet.config.cross_attention_dim)
-    if method == "oft":
-        with pytest.raises(UserError, match="OFT has no strength, only 1 is allowed"):
-            set_adapters(pipe.unet, ["one", "two"], [0.5, 0.5])
-        return
-    with torch.no_grad():
-        set_adapters(pipe.unet, ["one"], [1.0])
-        alone = pipe.unet(*inputs).sample
-        set_adapters(pipe.unet, ["one", "two"], [0.25, 0.75])
-        both = pipe.unet(*inputs).sample
-    if all_methods()[method].linear:
-        assert (both - alone).norm() <= 1e-5 * alone.norm()
-    else:
-        assert (both - alone).any()
-
-
-@pytest.mark.parametrize("method", PUT_IN)
-def test_half_precision_bases_train_float32(place, tmp_path, method):
-    assert train_main(words(place, method, tmp_path / "run", mixed_precision="bf16", max_train_steps=2)) == 0
-    assert {value.dtype for value in load_file(tmp_path / "run/castle.safetensors").values()} == {torch.float32}
-    pipe = opened(place, dtype=torch.bfloat16)
-    sd_atoms.load_adapter(pipe, tmp_path / "run")
-    own = [p for layer in tuner_layers(pipe.unet).values() for part in layer.adapter_layer_names
-           for p in getattr(layer, part).parameters()]  # fmt: skip
-    assert {parameter.dtype for parameter in own} == {torch.float32}
-    assert drawn(pipe).shape == (64, 64, 3)
+    plain = predicted(pipe.unet)
+    originals = merge_adapters(pipe.unet)
+    assert not same(pipe.unet.state_dict(), before)
+    assert (predicted(pipe.unet) - plain).norm() <= 1e-5 * plain.norm()
+    unmerge_adapters(pipe.unet, originals)
+    assert same(pipe.unet.state_dict(), before)
+    assert torch.equal(predicted(pipe.unet), plain)
+    pipe.fuse_lora()  # diffusers' own pair, whose way back may round
+    assert not same(pipe.unet.state_dict(), before)
+    assert (predicted(pipe.unet) - plain).norm() <= 1e-5 * plain.norm()
+    pipe.unfuse_lora()
+    assert (predicted(pipe.unet) - plain).norm() <= 1e-5 * plain.norm()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_other_commands_take_it(place, trained, tmp_path, capsys, method):
-    run, base = trained(method), drawn(opened(place), "a castle in snow")
-    (tmp_path / "one.txt").write_text("a {} in snow\n")
-    out = tmp_path / "out"
-    draw = [
-        "generate",
-        "--adapter",
-        str(run),
-        "--prompts",
-        str(tmp_path / "one.txt"),
-        "--seeds",
-        "0",
-        "--compare_base",
-    ]
-    assert main([*draw, "--out", str(out)]) == 0
-    assert (np.asarray(Image.open(out / "base-prompt00-seed0.png")) == base).all()
-    assert main(["share", str(run)]) == 0
-    card = (run / "share" / "README.md").read_text()
-    assert ("load_atoms(pipe" if method == "atoms" else "load_adapter(pipe") in card
-    assert sd_atoms.load_adapter(opened(place), run / "share").method == method
-    code = main(["inspect", str(run)])
-    assert code == (2 if method == "token" else 0)
-    printed = capsys.readouterr()
-    assert "changes no layer of the UNet" in printed.err if method == "token" else "|ΔF|/|F|" in printed.out
-    assert main(["doctor", *words(place, method, tmp_path / "new")]) == 0
-    (tmp_path / "unrelated.txt").write_text("a barn\n")
-    drift = ["drift", "--adapter", str(run), "--prompts", str(tmp_path / "unrelated.txt"), "--seeds", "0"]
-    assert main([*drift, "--clip_model_name_or_path", "pocket:clip"]) == 0
+def test_half_precision_bases_train_and_save_float32(place, tmp_path, method):
+    made = run(place, method, tmp_path / "run", mixed_precision="bf16", max_train_steps=2)
+    assert made.pipe.unet.dtype == made.pipe.text_encoder.dtype == torch.bfloat16
+    own = {name: value for name, value in parameters(made.pipe).items() if value.requires_grad}
+    assert {value.dtype for value in own.values()} <= {torch.float32}
+    saved = load_file(made.file)
+    artefact = read_artefact(made.file)
+    assert {value.dtype for value in saved.values()} <= {torch.float32}
+    # more than bfloat16 can hold
+    trained = [value for key, value in artefact.state.items() if "initial" not in key] + [*artefact.tokens.values()]
+    assert trained
+    assert not any(torch.equal(value, value.bfloat16().float()) for value in trained)
 
-
-@pytest.mark.parametrize("method", ["atoms", "lora"])
-def test_base_pictures_are_of_the_base_also_with_a_text_encoder_part(place, tmp_path, method):
-    run = tmp_path / "run"
-    rates = dict(text_learning_rate=0.5, text_adapter=method)
-    assert train_main(words(place, method, run, train_text_encoder=True, **rates)) == 0
-    (tmp_path / "one.txt").write_text("a {} in snow\n")
-    draw = [
-        "generate",
-        "--adapter",
-        str(run),
-        "--prompts",
-        str(tmp_path / "one.txt"),
-        "--seeds",
-        "0",
-        "--compare_base",
-    ]
-    assert main([*draw, "--base_token", "castle", "--out", str(tmp_path / "out")]) == 0
-    found = np.asarray(Image.open(tmp_path / "out" / "base-prompt00-seed0.png"))
-    assert (found == drawn(opened(place), "a castle in snow")).all()
-    assert (np.asarray(Image.open(run / "images" / "base-instance-00.png"))
-            == drawn(opened(place), "photo of a castle")).all()  # fmt: skip
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_another_base_is_refused_or_warned_of(place, trained, method):
+    pipe, base = opened(place, dtype=torch.bfloat16), opened(place, dtype=torch.bfloat16)
+    sd_atoms.load_adapter(pipe, made.folder)
+    parts = [p for layer in tuner_layers(pipe.unet).values() for part in layer.adapter_layer_names
+             for p in getattr(layer, part).parameters()]  # fmt: skip
+    assert {parameter.dtype for parameter in parts} <= {torch.float32}
+    assert (drawn(pipe) == made.picture()).all()
+    assert (drawn(base, PLAIN_PROMPT) == made.picture("base-instance-00")).all()
     if method == "token":
         return
-    pipe = opened(place)
+    again = save_adapter(pipe, tmp_path / "again.safetensors")
+    assert same(read_artefact(again).state, artefact.state)
+    full, plain = opened(place), opened(place)
+    sd_atoms.load_adapter(full, made.folder)
+    change = predicted(full.unet) - predicted(plain.unet)
+    rounded = predicted(pipe.unet, torch.bfloat16) - predicted(base.unet, torch.bfloat16)
+    assert torch.cosine_similarity(change.flatten(), rounded.flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize("method", PUT_IN)
+def test_another_base_is_refused_or_warned_of(place, trained, method, recwarn):
+    half, pipe = opened(place, dtype=torch.bfloat16), opened(place)
+    sd_atoms.load_adapter(half, trained(method).file)
+    assert not [warning for warning in recwarn if issubclass(warning.category, AtomsWarning)]
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in pipe.unet.parameters():
-            parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+    before = {name: value.clone() for name, value in parameters(pipe).items()}
     if all_methods()[method].portable:
-        with pytest.warns(AtomsWarning, match="whose weights differ"):
-            sd_atoms.load_adapter(pipe, trained(method))
+        with pytest.warns(AtomsWarning, match=r"trained on tiny, whose weights differ .* by about \d"):
+            sd_atoms.load_adapter(pipe, trained(method).file)
     else:
-        with pytest.raises(UserError, match=f"what method {method} trains means nothing there"):
-            sd_atoms.load_adapter(pipe, trained(method))
+        with pytest.raises(UserError, match=f"whose weights differ .*what method {method} trains means nothing there"):
+            sd_atoms.load_adapter(pipe, trained(method).file)
+        assert same(parameters(pipe), before)
+        assert "<castle>" not in pipe.tokenizer.get_vocab()
+
+
+TRAINING = (
+    "import json, sys; from sd_atoms.cli import train_main; [train_main(words) for words in json.loads(sys.argv[1])]"
+)
+DRAWING = (
+    "import sys, torch, sd_atoms; from sd_atoms.pipeline import open_base; from sd_atoms.generation import *; "
+    "from sd_atoms.pipeline.sampling import Sampling; torch.set_num_threads(1)\n"
+    "for run in sys.argv[2:]:\n"
+    "    pipe = open_base(sys.argv[1]); sd_atoms.load_adapter(pipe, run)\n"
+    "    [(_, image)] = generate(pipe, [Request('photo of a <castle>', 0, '')], Sampling(7.5, 2))\n"
+    "    image.save(run + '/again.png')\n"
+)
+
+
+@pytest.mark.parametrize(
+    "methods", [("lora", "bitfit"), pytest.param(METHODS, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_new_processes_train_and_draw_the_same(place, trained, tmp_path, methods):
+    all_words = json.dumps([words(place, method, tmp_path / method) for method in methods])
+    subprocess.run([sys.executable, "-c", TRAINING, all_words], check=True)
+    subprocess.run([sys.executable, "-c", DRAWING, place / "tiny", *(tmp_path / m for m in methods)], check=True)
+    for method in methods:
+        assert same(load_file(tmp_path / method / "castle.safetensors"), load_file(trained(method).file))
+        assert (pixels(tmp_path / method / "again.png") == trained(method).picture()).all()
 
 
 def test_load_atoms_takes_atoms_alone(place, trained):
-    assert sd_atoms.load_atoms(opened(place), trained("atoms")).is_atoms
+    assert sd_atoms.load_atoms(opened(place), trained("atoms").file).is_atoms
     with pytest.raises(UserError, match="its method is lora, not atoms; load_adapter takes it"):
-        sd_atoms.load_atoms(opened(place), trained("lora"))
+        sd_atoms.load_atoms(opened(place), trained("lora").file)
 
 
-def test_a_budget_chooses_the_size_and_the_same_flags_go_on(place, tmp_path, capsys):
-    budget = dict(budget="3k", max_train_steps=2)
-    assert train_main(words(place, "lora", tmp_path / "run", **budget)) == 0
-    assert "budget: {'rank':" in capsys.readouterr().out
-    count = json.loads((tmp_path / "run" / "metrics.json").read_text())["training"]["trained_numbers"]
-    assert 2000 <= count <= 4500
-    again = words(place, "lora", tmp_path / "run", budget="3k", max_train_steps=4)
-    assert train_main([*again, "--resume_from_checkpoint", "latest"]) == 0
-    assert train_main(words(place, "lora", tmp_path / "other", budget="3")) == 2
-    assert "comes no nearer than" in capsys.readouterr().err
-    assert train_main(words(place, "lora", tmp_path / "other", budget="many")) == 2
-    assert "budget: 'many' is no number of parameters" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(peft_type="IA3", target_modules=["to_k", "to_v"], feedforward_modules=[]),
-        dict(peft_type="FOURIERFT", target_modules=["to_k", "to_v"], n_frequency=20, init_weights=True),
-    ],
-    ids=lambda config: config["peft_type"],
-)
-def test_any_tuner_of_peft_trains_by_its_config(place, tmp_path, capsys, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    flags = words(place, "atoms", tmp_path / "run", peft_config=tmp_path / "config.json")
-    assert train_main(flags) == 0
-    pipe = opened(place)
-    sd_atoms.load_adapter(pipe, tmp_path / "run" / "castle.safetensors")
-    assert (drawn(pipe) == np.asarray(Image.open(tmp_path / "run/images/instance-00.png"))).all()
-    without = words(place, "atoms", tmp_path / "b", peft_config=tmp_path / "config.json", learning_rate=None)
-    assert train_main(without) == 2
-    assert "learning_rate is required: method peft-" in capsys.readouterr().err
+def test_a_budget_chooses_the_size_and_the_same_flags_go_on(place, trained, tmp_path, capsys):
+    budget = dict(budget="3k", max_train_steps=2, lr_scheduler="constant")
+    first = run(place, "lora", tmp_path / "run", **budget)
+    assert "budget: {'rank': 4} of method lora" in capsys.readouterr().out
+    assert first.outcome.trainable_params == trained("lora").outcome.trainable_params == 2752
+    again = {**budget, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    assert run(place, "lora", tmp_path / "run", **again).outcome.steps == 4
+    for method, settings, message in (
+        ("lora", dict(budget="3"), "error: budget=3: method lora comes no nearer than 688 (rank=1)"),
+        ("bitfit", dict(budget="1M"), "error: budget=1000000: method bitfit comes no nearer than 1412"),
+        ("lora", dict(budget="many"), "budget: 'many' is no number of parameters"),
+        ("lora", dict(budget="3k", rank=4), "error: rank: is what budget=3000 chooses"),
+    ):
+        assert train_main(words(place, method, tmp_path / "other", **settings)) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "other").exists()
 
 
 def test_settings_of_another_method_are_refused_by_name(place, tmp_path, capsys):
-    assert train_main(words(place, "lora", tmp_path / "run", m1=4)) == 2
-    assert "m1: a setting of atoms, not of method lora" in capsys.readouterr().err
-    assert train_main(words(place, "difffit", tmp_path / "run", target="attn")) == 2
-    assert "method difffit has no target to choose" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("config", [LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k"],
-                                               rank_pattern={"to_k": 2}), IA3Config(target_modules=["to_v"],
-                                               feedforward_modules=[])], ids=["lora", "ia3"])  # fmt: skip
-def test_folders_of_plain_peft_load(place, tmp_path, config):
-    pipe, plain = opened(place), opened(place)
-    adapted = get_peft_model(plain.unet, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    adapted.save_pretrained(tmp_path / "plain")
-    sd_atoms.load_adapter(pipe, tmp_path / "plain")
-    inputs = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 5, pipe.unet.config.cross_attention_dim)
-    with torch.no_grad():
-        assert torch.equal(pipe.unet(*inputs).sample, adapted(*inputs).sample)
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in ("lora", "bitfit") else pytest.mark.slow) for name in METHODS]
-)
-def test_a_new_process_draws_the_same(place, trained, tmp_path, method):
-    code = (
-        "import sys, sd_atoms; from sd_atoms.pipeline import open_base; from sd_atoms.generation import *; "
-        "from sd_atoms.pipeline.sampling import Sampling; import torch; torch.set_num_threads(1); "
-        "pipe = open_base(sys.argv[1]); sd_atoms.load_adapter(pipe, sys.argv[2]); "
-        "[(_, image)] = generate(pipe, [Request('photo of a <castle>', 0, '')], Sampling(7.5, 2)); "
-        "image.save(sys.argv[3])"
-    )
-    out = tmp_path / "image.png"
-    subprocess.run([sys.executable, "-c", code, place / "tiny", trained(method), out], check=True)
-    expected = np.asarray(Image.open(trained(method) / "images" / "instance-00.png"))
-    assert (np.asarray(Image.open(out)) == expected).all()
+    for method, settings, message in (
+        ("lora", dict(m1=4), "m1: a setting of atoms, not of method lora; it has rank, alpha"),
+        ("full", dict(rank=4), "not of method full; it has none"),
+        ("difffit", dict(target="attn"), "method difffit has no target to choose"),
+        ("oft", dict(target="conv3x3"), "is a Conv2d, OFT is right for Linear"),
+        ("nothing", {}, "method='nothing': one of atoms, lora, "),
+    ):
+        assert train_main(words(place, method, tmp_path / "run", **settings)) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
