@@ -272,7 +272,7 @@ BAD = {
     ),
     "resolution": (dict(resolution=100), "resolution: 100 is not a multiple of 32"),
     "unknown packaged name": (dict(instance_data_dir="pocket:tower"), "'pocket:tower' is not packaged"),
-    "nothing to resume": (dict(resume_from_checkpoint="latest"), "holds no run to resume"),
+    "nothing to resume": (dict(resume_from_checkpoint="checkpoint-3"), "holds no run to resume"),
     "output is a file": (dict(output_dir="{tmp}/plain.txt"), "plain.txt is a file"),
     "output holds files": (dict(output_dir="{tmp}/texts"), "holds files that are not a run"),
     "no clip": (dict(clip_model_name_or_path="./nowhere"), "clip_model_name_or_path: './nowhere'"),

@@ -224,7 +224,8 @@ def test_half_precision_bases_train_and_save_float32(place, tmp_path, method):
     sd_atoms.load_adapter(full, made.folder)
     change = predicted(full.unet) - predicted(plain.unet)
     rounded = predicted(pipe.unet, torch.bfloat16) - predicted(base.unet, torch.bfloat16)
-    assert torch.cosine_similarity(change.flatten(), rounded.flatten(), 0) > 0.9
+    noise = predicted(base.unet, torch.bfloat16) - predicted(plain.unet)
+    assert (rounded - change).norm() <= 1.5 * noise.norm()  # one rounding of the base, one of the adapted base
 
 
 @pytest.mark.parametrize("method", PUT_IN)
