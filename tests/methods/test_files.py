@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import sd_atoms
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -27,6 +26,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+import sd_atoms
 from sd_atoms.bench.methods import attach, parse_methods
 from sd_atoms.cli import train_main
 from sd_atoms.errors import UserError

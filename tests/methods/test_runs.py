@@ -225,7 +225,7 @@ def test_half_precision_bases_train_and_save_float32(place, tmp_path, method):
     change = predicted(full.unet) - predicted(plain.unet)
     rounded = predicted(pipe.unet, torch.bfloat16) - predicted(base.unet, torch.bfloat16)
     noise = predicted(base.unet, torch.bfloat16) - predicted(plain.unet)
-    assert (rounded - change).norm() <= 1.5 * noise.norm()  # one rounding of the base, one of the adapted base
+    assert (rounded - change).norm() <= 2 * noise.norm()  # one rounding of the base, one of the adapted base
 
 
 @pytest.mark.parametrize("method", PUT_IN)
