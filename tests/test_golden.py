@@ -80,6 +80,11 @@ def header(path):
         return json.loads(file.metadata()["sd_atoms"])
 
 
+def at_least(entry, old):
+    """The same as in the older header; of a text encoder's adapter all settings are told now."""
+    return old.items() <= entry.items() if isinstance(old, dict) and "peft_type" in old else entry == old
+
+
 def tensors(path):
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -110,7 +115,7 @@ def check_run(made, case):
     about, old_about = header(file), header(golden / "adapter.safetensors")
     assert about.keys() == old_about.keys()
     for key in about.keys() - set(MADE_ELSEWHERE):
-        assert about[key] == old_about[key], key
+        assert at_least(about[key], old_about[key]), key
 
     # the rest of the folder; settings may be added, but none may go or change
     old_run = json.loads((golden / "run.json").read_text(encoding="utf-8"))
@@ -188,7 +193,8 @@ def test_a_golden_adapter_read_and_written_again_is_the_same(case, inputs, tmp_p
     assert content == old_content
     about, old_about = header(source), header(golden)
     assert list(about) == list(old_about)
-    assert {**about, **dict.fromkeys(MADE_ELSEWHERE)} == {**old_about, **dict.fromkeys(MADE_ELSEWHERE)}
+    for entry in about.keys() - {*MADE_ELSEWHERE}:
+        assert at_least(about[entry], old_about[entry]), entry
 
 
 def test_every_number_of_the_golden_runs_is_a_number():

@@ -21,7 +21,8 @@ from sd_atoms.tuner import AtomsLayer
 # By this, models of diffusers and transformers know that they have adapters. Their own `add_adapter` does no more, but
 # that of transformers 5.24 asks for a PEFT newer than any released.
 LOADED = "_hf_peft_config_loaded"
-REFUSALS = (ValueError, TypeError, NotImplementedError, re.error)  # what PEFT raises of settings it cannot take
+# what PEFT raises of settings it cannot take, those of the wrong type too
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, re.error)
 Originals = Mapping[nn.Module, Mapping[str, torch.Tensor]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import peft.mapping
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -23,15 +23,16 @@ from sd_atoms.pipeline.artefact import (
     by_layer,
     layer_and_part,
     read_artefact,
-    unexpected_keys,
     write_artefact,
 )
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
-from sd_atoms.pipeline.lora import check_lora_swap, lora_config, swap_lora
+from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap_adapter
 
+# peft_type -> how other numbers are checked and written over those of a loaded adapter, in place
+SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "peft")
 
 
@@ -62,22 +63,18 @@ def save_adapter(
         The path written. Every file appears whole or not at all.
 
     Raises:
-        UserError: no such adapter, an unknown dtype, a text encoder's adapter that is neither atoms nor plain LoRA, or
-            the place cannot be written to.
+        UserError: no such adapter, an unknown dtype, or the place cannot be written to.
     """
-    config = _adapters(pipe, "unet").get(adapter_name)
+    config, state = _part(pipe, "unet", adapter_name)
     if config is None and not tokens:
         raise UserError(f"adapter_name: {adapter_name!r} is not loaded; there are {_loaded(pipe)}")
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    state = {}
-    if config is not None:
-        state = get_peft_model_state_dict(pipe.unet, adapter_name=adapter_name, save_embedding_layers=False)
     about = dict(about or {})
     if config is not None:
         about["fingerprint"] = to_text(_fingerprint(base_weights(pipe.unet, touched_layers(pipe.unet, state))))
     about["versions"] = {name: version(name) for name in LIBRARIES}
-    text_config, text_state = _text_part(pipe, adapter_name)
+    text_config, text_state = _part(pipe, "text_encoder", adapter_name)
     rows = dict(tokens) if isinstance(tokens, Mapping) else placeholder_rows(pipe, list(tokens))
     artefact = Artefact(config, state, rows, about, text_config, text_state)
     return write_artefact(artefact, path, DTYPES[dtype])
@@ -169,34 +166,22 @@ def load_adapter(
         if own is None:
             if model is not None and not hotswap:
                 set_adapters(model, [adapter_name])  # what another adapter has there is not of this one
-        elif hotswap and isinstance(own, LoraConfig):
-            swap_lora(model, adapter_name, own, state)
         elif hotswap:
-            swap_adapter(model, adapter_name, own, state)
+            _, swap = SWAPS[_kind(own)]
+            swap(model, adapter_name, own, state)
         else:
             add_adapter(model, copy.deepcopy(own), adapter_name)
             set_peft_model_state_dict(model, state, adapter_name)
     return artefact
 
 
-def _text_part(pipe, adapter_name: str) -> tuple[PeftConfig | None, dict[str, torch.Tensor]]:
-    """Config and state of the text encoder's adapter of that name, if it has one."""
-    config = _adapters(pipe, "text_encoder").get(adapter_name)
+def _part(pipe, part: str, adapter_name: str) -> tuple[PeftConfig | None, dict[str, torch.Tensor]]:
+    """Config and state of the adapter of that name in a part of the pipeline, if it has one."""
+    config = _adapters(pipe, part).get(adapter_name)
     if config is None:
         return None, {}
-    where = f"adapter_name: {adapter_name!r} of the text encoder"
-    if not isinstance(config, (AtomsConfig, LoraConfig)):
-        raise UserError(f"{where} is of kind {config.peft_type.value}; atoms and LoRA can be saved")
-    try:
-        if isinstance(config, LoraConfig):
-            lora_config(config.to_dict())
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    state = get_peft_model_state_dict(pipe.text_encoder, adapter_name=adapter_name, save_embedding_layers=False)
-    unknown = unexpected_keys(config, state)
-    if unknown:
-        raise UserError(f"{where}: {unknown[0]} is neither of atoms nor of plain LoRA and would be lost")
-    return config, state
+    model = getattr(pipe, part)
+    return config, get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
@@ -255,7 +240,8 @@ def _check_name(pipe, artefact: Artefact, adapter_name: str, hotswap: bool) -> N
 
 
 def _kind(config: PeftConfig | None) -> str:
-    return "nothing" if config is None else "atoms" if isinstance(config, AtomsConfig) else config.peft_type.value
+    """Its peft_type; PEFT's own are members of an enumeration, ours of another or plain words."""
+    return "nothing" if config is None else str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _check_layers(label: str, place: str, model: nn.Module, config: PeftConfig, state) -> None:
@@ -270,12 +256,15 @@ def _check_layers(label: str, place: str, model: nn.Module, config: PeftConfig, 
         try:
             expected = adapter_shapes(model, config)
         except UserError as error:
-            raise UserError(f"{label}: made for another architecture, it does not fit {place} ({error})") from error
+            raise UserError(f"{label}: it does not fit {place} ({error})") from error
     wrong = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
     misfits = list(dict.fromkeys(_layer_of(key, layers) for key in wrong))
-    count = len(dict.fromkeys(_layer_of(key, layers) for key in found))
+    held, told = ({_layer_of(key, layers) for key in keys} for keys in (found, expected))
+    broken = [key for key in wrong if (key in found) != (key in expected) and _layer_of(key, layers) in held & told]
+    count = len(held)
     for names, text in (
         (taken, f"{len(taken)} of its layers carry adapters of another kind in {place}; delete those first"),
+        (broken, f"corrupt, it lacks or does not know {len(broken)} tensors of its layers"),
         (misfits, f"made for another architecture, {len(misfits)} of its {count} layers do not fit {place}"),
     ):
         if names:
@@ -307,15 +296,13 @@ def _carries_others(layer: nn.Module | None, config: PeftConfig) -> bool:
 
 
 def _check_swap(model: nn.Module, adapter_name: str, config: PeftConfig, state) -> None:
-    loaded = model.peft_config[adapter_name]
-    if type(loaded) is not type(config):
-        raise ValueError(f"{config.peft_type.value} cannot be swapped into {adapter_name!r}, {loaded.peft_type.value}")
-    if isinstance(config, LoraConfig):
-        check_lora_swap(model, adapter_name, state)
-    elif isinstance(config, AtomsConfig):
-        check_swap(model, adapter_name, config, state)
-    else:
-        raise ValueError(f"hotswap: {config.peft_type.value} is not swapped, only atoms and LoRA are; load it anew")
+    kind, loaded = _kind(config), _kind(model.peft_config[adapter_name])
+    if kind != loaded:
+        raise ValueError(f"{kind} cannot be swapped into {adapter_name!r}, {loaded}")
+    if kind not in SWAPS:
+        raise ValueError(f"hotswap: {kind} is not swapped, only {' and '.join(SWAPS)} are; load it anew")
+    check, _ = SWAPS[kind]
+    check(model, adapter_name, config, state)
 
 
 def _check_base(artefact: Artefact, weights: Mapping[str, torch.Tensor]) -> None:

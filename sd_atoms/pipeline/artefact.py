@@ -2,14 +2,14 @@
 
 One file:  of filter atoms atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), the layers of one shape stacked, and
            likewise the parts that other modes have; of every other method unet.<PEFT's key>; token.<castle> (d,) per
-           placeholder (of LoRA in the header, so that programs which know LoRA take the file); text_encoder.<layer>.
-           <part> if the text encoder has an adapter too.
+           placeholder (of LoRA in the header, so that programs which know LoRA take the file); text_encoder.<PEFT's
+           key> if the text encoder has an adapter too.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
            placeholder rows under their own names, as textual inversion files have them; text_encoder/ with the first
            two for the text encoder. Without an adapter in the UNet (method token) the rows alone.
 The header entry "sd_atoms" of both is a JSON object: format, method, config, layers (of atoms: by shape, in the order
-of the stacks), fingerprint of the base, text_encoder (kind, layers and settings of its adapter) if there is one, and
-the entries of `header` about the making. Filter atoms are written in format 1, what older versions cannot read in 2.
+of the stacks), fingerprint of the base, text_encoder (settings of its adapter) if there is one, and the entries of
+`header` about the making. Filter atoms are written in format 1, what older versions cannot read in 2.
 """
 
 import hashlib
@@ -28,12 +28,11 @@ from safetensors.torch import save_file
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
-from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, peft_config, plain_settings
-from sd_atoms.pipeline.lora import LORA_KEYS, LORA_PARTS, LORA_TYPE, lora_config
+from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, kept_settings, peft_config, plain_settings
+from sd_atoms.pipeline.lora import LORA_KEYS
 from sd_atoms.pipeline.tokens import row_from_text, row_to_text
 from sd_atoms.sources import resolve_source
 from sd_atoms.tuner import AtomsConfig
-from sd_atoms.tuner.config import PEFT_TYPE
 
 ATOMS_FORMAT, FORMAT = 1, 2
 HEADER = "sd_atoms"
@@ -55,7 +54,7 @@ PARTS = {
     "atoms_block_initial": None,
 }
 # parts that come together
-TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"), LORA_PARTS)
+TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"))
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,15 @@ class Artefact:
     PEFT keeps them; of atoms the parts are those of `AtomsLayer`: atoms_delta and atoms_initial (m, K), atoms_beta,
     atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
-    text_config, text_state: the same of the text encoder's adapter, if there is one; parts of LoRA are lora_A.weight
-    and lora_B.weight. source: where it was read, for messages.
+    text_config, text_state: the same of the text encoder's adapter, if there is one. source: where it was read, for
+    messages.
     """
 
     config: PeftConfig | None
     state: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    text_config: AtomsConfig | LoraConfig | None = None
+    text_config: PeftConfig | None = None
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
 
@@ -106,10 +105,10 @@ class Artefact:
         text = {f"{TEXT}.{key}": value for key, value in self.text_state.items()}
         for key, value in sorted({**self.state, **self.tokens, **text}.items()):
             content.update(key.encode() + value.float().contiguous().numpy().tobytes())
-        if self.text_config is not None:  # LoRA of another alpha is another one
-            content.update(json.dumps(_text_settings(self.text_config), sort_keys=True).encode())
-        if self.config is not None and not self.is_atoms:
-            content.update(json.dumps(plain_settings(self.config), sort_keys=True).encode())
+        for config in (self.text_config, None if self.is_atoms else self.config):
+            if config is not None:  # LoRA of another alpha is another one; the layers are in the keys
+                settings = kept_settings(config) | {"target_modules": None}
+                content.update(json.dumps(settings, sort_keys=True).encode())
         return content.hexdigest()[:16]
 
 
@@ -123,22 +122,19 @@ def by_layer(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tuple[int
 
 
 def layer_and_part(key: str) -> tuple[str, str]:
-    """The two of "<layer>.<part>" in a state of atoms or LoRA; an unknown part is the last word."""
-    part = next((part for part in LORA_PARTS if key.endswith(f".{part}")), key.rpartition(".")[2])
-    return key.removesuffix(part).removesuffix("."), part
+    """The two of "<layer>.<part>" under PEFT's keys; a part is one word (atoms_delta) or two (lora_A.weight)."""
+    words = key.split(".")
+    size = 2 if words[-1] in ("weight", "bias") else 1
+    return ".".join(words[:-size]), ".".join(words[-size:])
 
 
-def unexpected_keys(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names in `state` that adapters of that kind do not have."""
-    known = LORA_PARTS if isinstance(config, LoraConfig) else PARTS
-    return [f"{layer}.{part}" for layer, parts in by_layer(state).items() for part in parts if part not in known]
-
-
-def missing_keys(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names that `state` lacks beside those that they come together with."""
-    return [
+def _wrong_parts(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in a state of atoms that atoms do not have, and those it lacks beside what they come together with."""
+    layers = by_layer(state)
+    unknown = [f"{layer}.{part}" for layer, parts in layers.items() for part in parts if part not in PARTS]
+    return unknown + [
         f"{layer}.{part}"
-        for layer, parts in by_layer(state).items()
+        for layer, parts in layers.items()
         for together in TOGETHER
         for part in together
         if part not in parts and set(together) & set(parts)
@@ -213,10 +209,8 @@ def _read_file(path: Path) -> Artefact:
             config, state = _stacked_atoms(about, tensors)
         else:
             state = {key.removeprefix(f"{UNET}."): v for key, v in tensors.items() if key.startswith(f"{UNET}.")}
-            config = None if about["config"] is None else peft_config(f"{path}: its header", about["config"])
-            if (config is None) != (not state):
-                raise KeyError("config")
-        _check_text_layers(about, text_state)
+            config = _made_config(f"{path}: its header", about["config"], state)
+        text_config = _made_config(f"{path}: {TEXT} in its header", about.get(TEXT), text_state)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     tokens = {key.removeprefix("token."): row for key, row in tensors.items() if key.startswith("token.")}
@@ -224,10 +218,6 @@ def _read_file(path: Path) -> Artefact:
         tokens |= {token: row_from_text(text) for token, text in about.get(ROWS, {}).items()}
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: corrupt, the rows of its tokens cannot be read ({error})") from error
-    text_config = None
-    if TEXT in about:
-        text_config = _text_config(f"{path}: {TEXT} in its header", about[TEXT])
-        _check_parts(path, text_config, text_state)
     if config is None and text_config is None and not tokens:
         raise UserError(f"{path}: corrupt, it holds nothing")
     return Artefact(config, state, tokens, about, text_config, text_state)
@@ -253,29 +243,17 @@ def _read_folder(folder: Path) -> Artefact:
     tokens, about = _read_tensors(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else ({}, None)
     config, state = None, {}
     if about is None or any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
-        settings, state, about = _read_adapter(folder)
-        config = peft_config(folder / CONFIG_FILE, settings)
-        if isinstance(config, AtomsConfig):
-            _check_parts(folder / WEIGHTS_FILE, config, state)
-        elif not state:
-            raise UserError(f"{folder / WEIGHTS_FILE}: corrupt, it holds no tensor")
+        config, state, about = _read_adapter(folder)
     text_config, text_state = None, {}
     if any((folder / TEXT / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
-        settings, text_state, _ = _read_adapter(folder / TEXT)
-        text_config = _text_config(folder / TEXT / CONFIG_FILE, settings)
-        _check_parts(folder / TEXT / WEIGHTS_FILE, text_config, text_state)
-    if about is not None:
-        try:
-            _check_text_layers(about, text_state)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / WEIGHTS_FILE}: its header and the folder {TEXT} beside it do not fit ({error})"
-            ) from error
+        text_config, text_state, _ = _read_adapter(folder / TEXT)
+    if about is not None and (TEXT in about) != (text_config is not None):
+        raise UserError(f"{folder / WEIGHTS_FILE}: its header and the folder {TEXT} beside it do not fit")
     return Artefact(config, state, tokens, about or {}, text_config, text_state)
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any] | None]:
-    """The settings, the tensors and the header's entry of a folder as PEFT writes it."""
+def _read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Config, state and the header's entry of a folder as PEFT writes it."""
     weights, config_path = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     if not weights.exists():
         if (folder / PICKLE_FILE).exists():
@@ -287,37 +265,31 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_path}: missing or not a JSON object ({error})") from error
     tensors, about = _read_tensors(weights)
-    return settings, {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}, about
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+    return _made_config(config_path, settings, state, weights), state, about
 
 
-def _text_config(where: Path | str, settings: Mapping[str, Any]) -> AtomsConfig | LoraConfig:
-    """The settings of a text encoder's adapter, of one of the two kinds that may be there."""
-    kind = settings.get("peft_type")
-    if kind == LORA_TYPE:
-        try:
-            return lora_config(settings)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: {error}") from error
-    if kind != PEFT_TYPE:
-        raise UserError(f"{where}: peft_type is {kind!r}, the text encoder may have {PEFT_TYPE!r} or {LORA_TYPE!r}")
-    return peft_config(where, settings)
-
-
-def _check_parts(where: Path, config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
-    """Also gives the config the names of the layers for its targets."""
-    wrong = unexpected_keys(config, state) or missing_keys(state)
+def _made_config(
+    where: Path | str,
+    settings: Mapping[str, Any] | None,
+    state: Mapping[str, torch.Tensor],
+    weights: Path | None = None,
+) -> PeftConfig | None:
+    """The config of a state under PEFT's keys, None where both are missing; of atoms the state tells the layers."""
+    if settings is None and not state:
+        return None
+    if not isinstance(settings, Mapping):
+        raise TypeError("settings of an adapter")
+    config = peft_config(where, settings)
+    wrong = _wrong_parts(state) if isinstance(config, AtomsConfig) else []
     if wrong or not state:
-        kind = "LoRA" if isinstance(config, LoraConfig) else "atoms"
-        raise UserError(f"{where}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or f'any {kind}'}")
-    config.target_modules = list(by_layer(state))
-
-
-def _check_text_layers(about: Mapping[str, Any], text_state: Mapping[str, torch.Tensor]) -> None:
-    """Raises KeyError or TypeError unless header and tensors have the same layers of the text encoder, or none."""
-    found = set(by_layer(text_state))
-    told = set(about[TEXT]["target_modules"]) if TEXT in about else set()
-    if found != told or (TEXT in about and not found):
-        raise KeyError(f"layers of the text encoder: {len(told)} and {len(found)}")
+        kind = "atoms" if isinstance(config, AtomsConfig) else "tensor"
+        raise UserError(
+            f"{weights or where}: corrupt, it lacks or does not know {', '.join(wrong[:3]) or f'any {kind}'}"
+        )
+    if isinstance(config, AtomsConfig):
+        config.target_modules = list(by_layer(state))
+    return config
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -348,29 +320,25 @@ def _header(artefact: Artefact) -> dict[str, str]:
         config = {key: getattr(artefact.config, key) for key in CONFIG_KEYS}
         value |= {"format": ATOMS_FORMAT, "config": config, "layers": _layers_by_shape(artefact)}
     else:
-        config = None if artefact.config is None else plain_settings(artefact.config)
+        config = None if artefact.config is None else kept_settings(artefact.config)
         value |= {"format": FORMAT, "method": artefact.method, "config": config}
     if isinstance(artefact.config, LoraConfig) and artefact.tokens:
         value[ROWS] = {token: row_to_text(row) for token, row in artefact.tokens.items()}
     if artefact.text_config is not None:
-        value[TEXT] = {**_text_settings(artefact.text_config), "target_modules": artefact.text_layers}
+        value[TEXT] = kept_settings(artefact.text_config) | {"target_modules": artefact.text_layers}
     entries = {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
     if isinstance(artefact.config, LoraConfig):
         # by this diffusers' own loader knows alpha; ranks it takes from the shapes
-        settings = {f"{UNET}.{key}": getattr(artefact.config, key) for key in LORA_KEYS}
-        settings[f"{UNET}.target_modules"] = sorted(artefact.config.target_modules)
-        if isinstance(artefact.text_config, LoraConfig):
-            settings |= {f"{TEXT}.{key}": getattr(artefact.text_config, key) for key in LORA_KEYS}
-            settings[f"{TEXT}.target_modules"] = artefact.text_layers
+        settings = {}
+        for part, config, layers in (
+            (UNET, artefact.config, artefact.layers),
+            (TEXT, artefact.text_config, artefact.text_layers),
+        ):
+            if isinstance(config, LoraConfig):
+                settings |= {f"{part}.{key}": getattr(config, key) for key in LORA_KEYS}
+                settings[f"{part}.target_modules"] = layers
         entries["lora_adapter_metadata"] = json.dumps(settings)
     return entries
-
-
-def _text_settings(config: AtomsConfig | LoraConfig) -> dict[str, Any]:
-    """What the header says of the text encoder's adapter, but for its layers."""
-    lora = isinstance(config, LoraConfig)
-    kept = {key: getattr(config, key) for key in (LORA_KEYS if lora else CONFIG_KEYS)}
-    return {"peft_type": LORA_TYPE if lora else PEFT_TYPE, **kept}
 
 
 def _layers_by_shape(artefact: Artefact) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from sd_atoms.errors import UserError
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import one_line
+from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.config import PEFT_TYPE
 
 UNET = "unet"
@@ -62,3 +63,10 @@ def plain_settings(config: PeftConfig) -> dict[str, Any]:
         return value.value if isinstance(value, Enum) else value
 
     return plain(config.to_dict())
+
+
+def kept_settings(config: PeftConfig) -> dict[str, Any]:
+    """What a header says of an adapter: of atoms what matters once they are trained, of others all."""
+    if isinstance(config, AtomsConfig):
+        return {"peft_type": PEFT_TYPE, **{key: getattr(config, key) for key in CONFIG_KEYS}}
+    return plain_settings(config)

@@ -1,8 +1,7 @@
-"""LoRA on a text encoder: the settings that are kept of it, its shapes, and other numbers in a loaded one."""
+"""LoRA: the settings that diffusers' own loader wants, and other numbers written into a loaded one."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -11,34 +10,11 @@ from torch import nn
 
 from sd_atoms.tuner.plan import matching
 
-LORA_TYPE = "LORA"
 LORA_KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 LORA_PARTS = ("lora_A.weight", "lora_B.weight")
 
 
-def lora_config(settings: Mapping[str, Any]) -> LoraConfig:
-    """The config that settings stand for, as PEFT writes them; those beyond LORA_KEYS matter to training only.
-
-    Raises:
-        ValueError: a setting is out of range, or it is DoRA.
-    """
-    if settings.get("use_dora"):
-        raise ValueError("use_dora=True: DoRA is not supported, only LoRA")
-    config = LoraConfig(**{key: settings[key] for key in LORA_KEYS if key in settings}, inference_mode=True)
-    if not isinstance(config.rank_pattern, dict) or not isinstance(config.alpha_pattern, dict):
-        raise ValueError("rank_pattern and alpha_pattern must be tables of module names")
-    if not isinstance(config.use_rslora, bool):
-        raise ValueError(f"use_rslora={config.use_rslora!r}: True or False is allowed")
-    for rank in (config.r, *config.rank_pattern.values()):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"r={rank!r}: an integer from 1 on is allowed")
-    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha={alpha!r}: a number is allowed")
-    return config
-
-
-def check_lora_swap(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
+def check_lora_swap(model: nn.Module, adapter: str, config: LoraConfig, state: Mapping[str, torch.Tensor]) -> None:
     """Whether `swap_lora` can write these numbers over those of a loaded LoRA.
 
     Raises:

@@ -336,9 +336,15 @@ def test_a_loaded_artefact_stays_as_it_was_read(pipe, fresh, pocket, tmp_path):
 
 
 MISFITS = {
-    "nothing for something": ("atoms", {}, None, {}, "has nothing for the text encoder .* which has atoms there"),
+    "nothing for something": (
+        "atoms",
+        {},
+        None,
+        {},
+        "has nothing for the text encoder .* has FILTER_ATOMS there",
+    ),
     "something for nothing": (None, {}, "lora", {}, "has LORA for the text encoder .* which has nothing there"),
-    "another kind": ("atoms", {}, "lora", {}, "has LORA for the text encoder .* which has atoms there"),
+    "another kind": ("atoms", {}, "lora", {}, "has LORA for the text encoder .* which has FILTER_ATOMS there"),
     "a higher rank": ("lora", {}, "lora", dict(r=5), "32 of its tensors do not fit into 'concept': "),
     "more layers": ("lora", dict(target_modules=["q_proj"]), "lora", {}, "into nothing"),
     "larger blocks": ("atoms", {}, "atoms", dict(kc=8), "kc=8 cannot be swapped"),
@@ -450,27 +456,26 @@ def first(tensors, end):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (
-            "atoms",
-            lambda t, a: a["text_encoder"].update(peft_type="LOHA"),
-            "peft_type is 'LOHA', the text encoder may",
-        ),
+        ("atoms", lambda t, a: a["text_encoder"].update(peft_type="NONE"), "peft_type is 'NONE'; one of LORA"),
+        ("atoms", lambda t, a: a["text_encoder"].update(peft_type="LOHA"), "lacks or does not know"),
         ("atoms", lambda t, a: a["text_encoder"].update(kc=-1), "kc=-1"),
         ("atoms", lambda t, a: a.update(text_encoder="x"), "header and its tensors do not fit"),
-        ("atoms", lambda t, a: a.update(text_encoder={}), "header and its tensors do not fit"),
+        ("atoms", lambda t, a: a.update(text_encoder={}), "peft_type is None"),
         ("atoms", lambda t, a: a.pop("text_encoder"), "header and its tensors do not fit"),
-        ("atoms", lambda t, a: a["text_encoder"]["target_modules"].pop(), "header and its tensors do not fit"),
         ("atoms", lambda t, a: t.pop(first(t, "_initial")), "corrupt, it lacks or does not know encoder"),
-        ("atoms", lambda t, a: [t.pop(k) for k in [*t] if k.startswith("text")], "header and its tensors do not fit"),
+        (
+            "atoms",
+            lambda t, a: [t.pop(k) for k in [*t] if k.startswith("text")],
+            "it lacks or does not know any atoms",
+        ),
         ("lora", lambda t, a: t.pop(first(t, "lora_A.weight")), "corrupt, it lacks .*lora_A.weight"),
         ("lora", lambda t, a: t.pop(first(t, "lora_B.weight")), "corrupt, it lacks .*lora_B.weight"),
         ("lora", lambda t, a: t.update({"text_encoder.x.weight": torch.zeros(1)}), "do not fit"),
-        ("lora", lambda t, a: a["text_encoder"].update(use_dora=True), "use_dora=True: DoRA is not supported"),
-        ("lora", lambda t, a: a["text_encoder"].update(r=0), "r=0: an integer from 1 on"),
+        ("lora", lambda t, a: a["text_encoder"].update(use_dora=True), "corrupt, it lacks .*lora_magnitude_vector"),
+        ("lora", lambda t, a: a["text_encoder"].update(r=0), "`r` should be a positive integer"),
         ("lora", lambda t, a: a["text_encoder"].update(r=8), "16 of its 16 layers do not fit"),
-        ("lora", lambda t, a: a["text_encoder"].update(rank_pattern=[1]), "rank_pattern and alpha_pattern must be"),
-        ("lora", lambda t, a: a["text_encoder"].update(lora_alpha="x"), "lora_alpha='x': a number"),
-        ("lora", lambda t, a: a["text_encoder"].update(use_rslora=1), "use_rslora=1: True or False"),
+        ("lora", lambda t, a: a["text_encoder"].update(rank_pattern=[1]), "does not fit this base's text encoder"),
+        ("lora", lambda t, a: a["text_encoder"].update(lora_alpha="x"), "does not fit this base's text encoder"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(pipe, fresh, tmp_path, kind, change, message):
@@ -486,13 +491,13 @@ def test_a_broken_folder_is_one_clear_error(pipe, fresh, tmp_path):
 
     settings = json.loads(good_config) | {"use_dora": True}
     config.write_text(json.dumps(settings))
-    refused(fresh, tmp_path / "a", r"text_encoder/adapter_config\.json: use_dora=True")
+    refused(fresh, tmp_path / "a", "a: corrupt, it lacks or does not know 16 tensors")
     config.write_text("{")
     refused(fresh, tmp_path / "a", r"text_encoder/adapter_config\.json: missing or not a JSON object")
     config.write_text(good_config)
 
     spoil(weights, lambda tensors, about: tensors.pop(next(key for key in tensors if "lora_B" in key)))
-    refused(fresh, tmp_path / "a", r"text_encoder/adapter_model\.safetensors: corrupt, it lacks")
+    refused(fresh, tmp_path / "a", "a: corrupt, it lacks")
     weights.write_bytes(good_weights[: len(good_weights) // 2])
     refused(fresh, tmp_path / "a", r"text_encoder/adapter_model\.safetensors: corrupt or not a safetensors file")
     weights.unlink()
@@ -504,19 +509,21 @@ def test_a_broken_folder_is_one_clear_error(pipe, fresh, tmp_path):
     refused(fresh, tmp_path / "a", "its header and the folder text_encoder beside it do not fit")
 
 
-def test_what_cannot_be_kept_is_not_saved(pipe, fresh, pocket, tmp_path):
-    for number, (config, message) in enumerate(
-        (
-            (LoHaConfig(r=2, target_modules=["q_proj"]), "is of kind LOHA; atoms and LoRA can be saved"),
-            (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "DoRA is not supported"),
-            (LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), "would be lost"),
-        )
-    ):
-        own = learned(own_copy(pocket))
-        add_adapter(own.text_encoder, config)
-        with pytest.raises(UserError, match=message):
-            save_atoms(own, tmp_path / str(number))
-        assert not (tmp_path / str(number)).exists()
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False),
+    ],
+    ids=["LoHa", "DoRA", "LoRA with biases"],
+)
+@pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
+def test_any_tuner_of_peft_on_the_text_encoder_is_kept_whole(pipe, fresh, pocket, tmp_path, config, place):
+    add_adapter(learned(pipe).text_encoder, copy.deepcopy(config))
+    load_atoms(fresh, save_atoms(pipe, tmp_path / place))
+    assert torch.equal(states(fresh), states(pipe))
+    assert not torch.equal(states(fresh), states(pocket))
 
 
 def test_an_artefact_in_memory_keeps_the_name_of_its_file(pipe, fresh, tmp_path):
