@@ -2,16 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 
 from sd_atoms.errors import UserError
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -81,6 +83,42 @@ def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def read_ahead(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """function(item) of each, in order, computed by as many threads as there are cores, a few ahead of the reader."""
+    cores, pending = usable_cores(), deque()
+    with ThreadPoolExecutor(cores) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for waiting in pending:
+                waiting.cancel()
+
+
+def shared_work(work: Callable[[Sequence[S]], Sequence[T]], items: Sequence[S], accelerator: Accelerator | None):
+    """work(items), a list with a result for each, done by all processes together; every process gets all of it.
+
+    Raises:
+        UserError: on every process, if `work` raised it on one.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return list(work(items))
+    processes, found = accelerator.num_processes, ([], None)
+    try:
+        found = (list(work(items[accelerator.process_index :: processes])), None)
+    except UserError as error:
+        found = ([], str(error))
+    everything = gather_object([found])
+    for _, problem in everything:
+        if problem is not None:
+            raise UserError(problem)
+    return [everything[place % processes][0][place // processes] for place in range(len(items))]
 
 
 def check_finite(values: torch.Tensor, what: str, why: str) -> None:

@@ -78,7 +78,7 @@ def run(config: TrainConfig) -> Path:
         notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
     on_main(accelerator, lambda: check_output(config))
     repo_id = on_main(accelerator, lambda: hub_id(config.hub, folder)) if config.hub.push_to_hub else None
-    sources, found = find_images(config.data, concepts)
+    sources, found = find_images(config.data, concepts, accelerator)
     notes += found
     templates = load_templates(config.images.prompts_file) if config.images.prompts_file else []
     for source in sources:

@@ -19,8 +19,10 @@ class Source:
     class_images: Sequence[ImageRecord] = ()
 
 
-def find_images(data: DataSettings, concepts: Sequence[Concept]) -> tuple[list[Source], list[str]]:
+def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=None) -> tuple[list[Source], list[str]]:
     """The images of every concept, all of them read once to see that they can be, and what there is to say of them.
+
+    The processes of `accelerator` share the reading; all must call it.
 
     Raises:
         UserError: a folder or data set cannot be used, or images in it cannot.
@@ -41,7 +43,7 @@ def find_images(data: DataSettings, concepts: Sequence[Concept]) -> tuple[list[S
             found, ignored = folder_images(packaged_path(place) or place, data.captions)
             if data.captions and found[0].caption is None:
                 raise UserError(f"captions: {place} holds neither NAME.txt files of its pictures nor metadata.jsonl")
-        found, left_out = usable(found, data.on_bad_image)
+        found, left_out = usable(found, data.on_bad_image, accelerator)
         notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
         sources.append(Source(concept, found))
     return sources, notes

@@ -1,39 +1,76 @@
 """Training pictures from a folder or a table of `datasets`: what they are called, their captions, how to read them."""
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
 from sd_atoms.data.images import ignored_notes, read_image, scan_folder
 from sd_atoms.errors import UserError
+from sd_atoms.machine import read_ahead, shared_work
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
 
 
 @dataclass(frozen=True)
+class ImageStats:
+    """What is to be seen of a picture.
+
+    size: (width, height) in px, upright. digest: SHA-256 of its file's content, in hex. turned: the file holds it
+    turned, and says so. cells: which of 8×8 are brighter than the mean; None of a picture in one colour.
+    """
+
+    name: str
+    size: tuple[int, int]
+    digest: str
+    turned: bool = False
+    cells: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """A picture that is read when it is needed; it can be pickled.
 
     name: what messages call it: its path, or "name[train] row 12", rows counted from 0. caption: its own prompt; None
-    is the run's. read: gives it upright in mode RGB, or raises UserError. digest: SHA-256 of its content in hex, of
-    the bytes of a file or the pixels of a table's row.
+    is the run's. content: gives the bytes of its file, or raises UserError. stats: once it was checked.
     """
 
     name: str
     caption: str | None
-    read: Callable[[], Image.Image]
-    digest: Callable[[], str]
+    content: Callable[[], bytes]
+    stats: ImageStats | None = None
+
+    def read(self) -> Image.Image:
+        """The picture, upright, in mode RGB; raises as `read_image` does."""
+        return read_image(self.content(), self.name)
+
+    def digest(self) -> str:
+        """SHA-256 of the file's content in hex."""
+        return self.stats.digest if self.stats else hashlib.sha256(self.content()).hexdigest()
 
 
 def image_record(path: Path, caption: str | None = None) -> ImageRecord:
     """The picture in a file, which is not opened yet."""
-    return ImageRecord(str(path), caption, partial(read_image, path), partial(_file_digest, path))
+    return ImageRecord(str(path), caption, partial(_file_content, str(path)))
+
+
+def image_stats(record: ImageRecord) -> ImageStats:
+    """Reads and decodes an image once; raises as `read_image` does."""
+    content = record.content()
+    image = read_image(content, record.name)
+    with Image.open(io.BytesIO(content)) as file:
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+    grey = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel()
+    cells = tuple((grey > grey.mean()).tolist()) if np.ptp(grey) > 8 else None
+    digest = hashlib.sha256(content).hexdigest()
+    return ImageStats(Path(record.name).name, image.size, digest, orientation not in (0, 1), cells)
 
 
 def folder_images(folder: str | Path, captions: bool) -> tuple[list[ImageRecord], tuple[str, ...]]:
@@ -92,34 +129,48 @@ def table_images(
     captions = [None] * len(table) if caption_column is None else _captions(table, caption_column, label)
     pictures = []
     for row, caption in enumerate(captions):
-        read = partial(_read_row, images, row, f"{label} row {row}")
-        pictures.append(ImageRecord(f"{label} row {row}", caption, read, partial(_pixel_digest, read)))
+        name = f"{label} row {row}"
+        pictures.append(ImageRecord(name, caption, partial(_row_content, images, row, name)))
     return pictures
 
 
-def usable(pictures: Sequence[ImageRecord], on_bad_image: str) -> tuple[list[ImageRecord], tuple[str, ...]]:
-    """Reads every picture once, so that no long run stops at the last one.
+def usable(
+    pictures: Sequence[ImageRecord], on_bad_image: str, accelerator=None
+) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    """Reads every picture once, so that no long run stops at the last one, and keeps what is to be seen of it.
 
     Args:
         pictures: what to read.
         on_bad_image: "error", or "skip" to leave out those that cannot be read.
+        accelerator: its processes share the work; all must call it.
 
     Returns:
-        The pictures that can be read, and one line on each that was left out.
+        The pictures that can be read, with their stats, and one line on each that was left out.
 
     Raises:
         UserError: all that cannot be read at once, if that is an error or no other picture is left.
     """
-    good, problems = [], []
-    for picture in tqdm(pictures, desc="Checking images", unit="image", delay=2, leave=False, disable=None):
+
+    def look(picture: ImageRecord) -> ImageStats | str:
         try:
-            picture.read()
-            good.append(picture)
+            return image_stats(picture)
         except UserError as error:
-            problems.append(str(error))
+            return str(error)
+
+    def look_at(share: Sequence[ImageRecord]) -> list[ImageStats | str]:
+        bar = dict(desc="Checking images", unit="image", delay=2, leave=False, disable=None)
+        return list(tqdm(read_ahead(look, share), total=len(share), **bar))
+
+    found = shared_work(look_at, pictures, accelerator)
+    problems = tuple(stats for stats in found if isinstance(stats, str))
+    good = [
+        replace(picture, stats=stats)
+        for picture, stats in zip(pictures, found, strict=True)
+        if isinstance(stats, ImageStats)
+    ]
     if on_bad_image == "error" or not good:
         refuse(problems, f"{len(problems)} of {len(pictures)} images cannot be used:")
-    return good, tuple(problems)
+    return good, problems
 
 
 def _load(name: str, config: str | None, split: str, revision: str | None):
@@ -169,7 +220,7 @@ def _captions(table, column: str, label: str) -> list[str]:
     return captions
 
 
-def _read_row(images, row: int, name: str) -> Image.Image:
+def _row_content(images, row: int, name: str) -> bytes:
     (value,) = images[row].values()
     content, path = (value or {}).get("bytes"), (value or {}).get("path")
     if content is None and path is None:
@@ -183,16 +234,11 @@ def _read_row(images, row: int, name: str) -> Image.Image:
         except Exception as error:  # every kind of store has errors of its own
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name}: cannot be read ({reason})") from error
-    return read_image(path if content is None else content, name)
+    return _file_content(path, name) if content is None else content
 
 
-def _file_digest(path: Path) -> str:
+def _file_content(path: str, name: str | None = None) -> bytes:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _pixel_digest(read: Callable[[], Image.Image]) -> str:
-    image = read()
-    return hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode() + image.tobytes()).hexdigest()
+        raise UserError(f"{name or path}: cannot be read ({error.strerror}); expected a picture") from error

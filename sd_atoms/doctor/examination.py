@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from sd_atoms.data.concepts import Source, find_images, image_place
+from sd_atoms.data.records import image_stats
 from sd_atoms.doctor.disk import disk, disk_needs
 from sd_atoms.doctor.findings import Finding, problem, raised, report
 from sd_atoms.doctor.images import (
@@ -12,7 +13,6 @@ from sd_atoms.doctor.images import (
     cut,
     enlarged,
     held_out,
-    image_stats,
     passes,
     training_size,
     turned,
@@ -31,7 +31,7 @@ from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import check_output
 from sd_atoms.training.steps import steps_of
 
-MOST_LOOKED_AT = 1000  # pictures per concept that are decoded here: a few seconds
+MOST_LOOKED_AT = 1000  # pictures per concept that are compared with each other
 
 
 def doctor(config: TrainConfig) -> None:
@@ -97,7 +97,7 @@ def examine(config: TrainConfig, sources: Sequence[Source], pipe, processes: int
         resolution, unit_px, findings = _training_size(pipe, config.data.resolution)
     for source in sources:
         about = image_place(config.data, source.concept)
-        looks = [image_stats(record) for record in source.images[:MOST_LOOKED_AT]]
+        looks = [record.stats or image_stats(record) for record in source.images[:MOST_LOOKED_AT]]
         findings += counted(about, len(source.images), looks) + alike(about, looks) + turned(about, looks)
         if resolution:
             targets = [

@@ -2,46 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
-from sd_atoms.data.records import ImageRecord
+from sd_atoms.data.records import ImageStats
 from sd_atoms.doctor.findings import Finding, plural, shortlist
 
 FEWEST_PICTURES = 3
 MOST_LOST = 0.3  # share of a picture that a square crop may cut: 0.25 of the 4:3 of most cameras, 0.33 of 3:2
 NEARLY_ALIKE = 2  # of 64 bits; the packaged pictures of one thing differ in 7 or more
-
-
-@dataclass(frozen=True)
-class ImageStats:
-    """What is to be seen of a picture.
-
-    size: (width, height) in px, upright. turned: the file holds it turned, and says so. cells: which of 8×8 are
-    brighter than the mean; None of a picture in one colour.
-    """
-
-    name: str
-    size: tuple[int, int]
-    digest: str
-    turned: bool = False
-    cells: tuple[bool, ...] | None = None
-
-
-def image_stats(record: ImageRecord) -> ImageStats:
-    """Reads an image once."""
-    image, path = record.read(), Path(record.name)
-    orientation = 1
-    if path.is_file():
-        with Image.open(path) as file:
-            orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    grey = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel()
-    cells = tuple((grey > grey.mean()).tolist()) if np.ptp(grey) > 8 else None
-    return ImageStats(path.name, image.size, record.digest(), orientation not in (0, 1), cells)
 
 
 def counted(about: str, count: int, looks: Sequence[ImageStats]) -> list[Finding]:

@@ -14,17 +14,15 @@ from PIL import Image
 from sd_atoms.cli import main
 from sd_atoms.data.concepts import Source
 from sd_atoms.data.config import Concept
-from sd_atoms.data.records import image_record
+from sd_atoms.data.records import ImageStats, image_record, image_stats
 from sd_atoms.doctor import Finding, examine, preflight, report
 from sd_atoms.doctor.disk import disk, disk_needs, writable
 from sd_atoms.doctor.images import (
-    ImageStats,
     alike,
     counted,
     cut,
     enlarged,
     held_out,
-    image_stats,
     passes,
     training_size,
     turned,
