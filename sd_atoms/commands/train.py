@@ -14,7 +14,7 @@ from sd_atoms.data.concepts import Source, find_images, image_prompts
 from sd_atoms.data.config import Concept
 from sd_atoms.data.images import fit
 from sd_atoms.data.prompts import fill, load_templates
-from sd_atoms.data.records import image_record
+from sd_atoms.data.records import image_record, usable
 from sd_atoms.doctor import preflight
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
@@ -37,12 +37,14 @@ from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings,
 from sd_atoms.training.dataset import class_prompts, make_dataset
 from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diffusion
 from sd_atoms.training.examples import Cropping
+from sd_atoms.training.latents import remove_scratch
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import (
     ADAPTER,
     CURVES,
     IMAGES,
+    LATENTS,
     LOG,
     METRICS,
     check_output,
@@ -102,7 +104,10 @@ def run(config: TrainConfig) -> Path:
         sources = [with_class_images(config, pipe, accelerator, source, sampling) for source in sources]
     add_adapters(pipe, config)
     how = Cropping(config.data, config.data.resolution, training_unit_px(pipe), seed)
-    dataset = make_dataset(pipe.vae, sources, how, config.prior, config.validation.holdout_images)
+    scratch = folder / LATENTS
+    dataset = make_dataset(
+        pipe.vae, sources, how, config.prior, config.validation.holdout_images, scratch, accelerator
+    )
 
     # Train
     def begin():
@@ -119,6 +124,8 @@ def run(config: TrainConfig) -> Path:
                         accelerator, sampling, folder / IMAGES, step)  # fmt: skip
 
     outcome = train_diffusion(config, pipe, accelerator, dataset, folder, begin, show)
+    if accelerator.is_main_process:
+        remove_scratch(scratch)
 
     # Save
     about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
@@ -197,7 +204,8 @@ def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sa
         config.loop.seed,
         config.base.pretrained_model_name_or_path,
     )
-    return dataclasses.replace(source, class_images=[image_record(path) for path in paths])
+    images, _ = usable([image_record(path) for path in paths], "error", accelerator)
+    return dataclasses.replace(source, class_images=images)
 
 
 def concept_name(concept: Concept, folder: Path) -> str:

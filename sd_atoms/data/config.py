@@ -121,4 +121,7 @@ class DataSettings:
     random_flip: bool = setting(False, DATA, "mirror half of the samples")
     image_interpolation_mode: str = setting("lanczos", DATA, "filter for resizing", choices=RESAMPLING)
     on_bad_image: str = setting("error", DATA, "what a picture that cannot be read means", choices=("error", "skip"))
+    latents_in_memory: int = setting(
+        2**30, DATA, "bytes of latents that each process may hold; beyond, they are read from disk as needed", low=0
+    )
     cache_dir: str | None = setting(None, DATA, "keep latents and text states there for later runs; none = do not")

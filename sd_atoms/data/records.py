@@ -19,19 +19,19 @@ from sd_atoms.machine import read_ahead, shared_work
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageStats:
     """What is to be seen of a picture.
 
     size: (width, height) in px, upright. digest: SHA-256 of its file's content, in hex. turned: the file holds it
-    turned, and says so. cells: which of 8×8 are brighter than the mean; None of a picture in one colour.
+    turned, and says so. cells: which of 8×8 are brighter than the mean, a bit each; None of a picture in one colour.
     """
 
     name: str
     size: tuple[int, int]
     digest: str
     turned: bool = False
-    cells: tuple[bool, ...] | None = None
+    cells: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def image_stats(record: ImageRecord) -> ImageStats:
     with Image.open(io.BytesIO(content)) as file:
         orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
     grey = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel()
-    cells = tuple((grey > grey.mean()).tolist()) if np.ptp(grey) > 8 else None
+    cells = np.packbits(grey > grey.mean()).tobytes() if np.ptp(grey) > 8 else None
     digest = hashlib.sha256(content).hexdigest()
     return ImageStats(Path(record.name).name, image.size, digest, orientation not in (0, 1), cells)
 

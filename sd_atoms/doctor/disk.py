@@ -33,10 +33,12 @@ def disk_needs(
     if config.validation.validation_prompt:
         drawn += config.validation.num_validation_images * (steps // config.validation.validation_steps)
     needs = {"output_dir": (kept * copies + 4) * trained * FLOAT32 + drawn * png}
+    # mean and std of 4 channels at an eighth of the side, mirrored too; states of 77 tokens
+    latents = pictures * (1 + config.data.random_flip) * 2 * 4 * (resolution // 8) ** 2 * FLOAT32
     if config.data.cache_dir:
-        # mean and std of 4 channels at an eighth of the side, mirrored too; states of 77 tokens
-        latents = pictures * (1 + config.data.random_flip) * 2 * 4 * (resolution // 8) ** 2
-        needs["cache_dir"] = (latents + prompts * 77 * width) * FLOAT32
+        needs["cache_dir"] = latents + prompts * 77 * width * FLOAT32
+    elif latents > config.data.latents_in_memory:
+        needs["output_dir"] += latents
     if config.prior.prior == "images":
         needs["class_data_dir"] = sum(missing_class_images(config).values()) * png
     return {about: needed for about, needed in needs.items() if needed}

@@ -71,7 +71,8 @@ def alike(about: str, looks: Sequence[ImageStats]) -> list[Finding]:
         found.append(Finding("warning", about, text, "keep one of each; it counts for more than the others"))
     firsts = {look.digest: look for look in reversed(looks)}
     seen = [look for look in looks if look.cells and firsts[look.digest] is look]
-    signs = np.array([look.cells for look in seen], dtype=np.float32).reshape(-1, 64) * 2 - 1
+    bits = np.unpackbits(np.frombuffer(b"".join(look.cells for look in seen), dtype=np.uint8))
+    signs = bits.reshape(-1, 64).astype(np.float32) * 2 - 1
     distances = (64 - signs @ signs.T) / 2  # (N, 64) @ (64, N) -> (N, N) bits
     pairs = np.argwhere(np.triu(distances <= NEARLY_ALIKE, k=1))
     if len(pairs):

@@ -129,7 +129,10 @@ def unmerge_adapters(model: nn.Module, originals: Originals) -> None:
                 layer.unmerge()
     for base, values in originals.items():
         for name, value in values.items():
-            base.get_parameter(name).copy_(value)
+            parameter = base.get_parameter(name)
+            if parameter.stride() != value.stride():  # OFT leaves a transposed one, whose products round otherwise
+                parameter.data = torch.empty_like(value)
+            parameter.copy_(value)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -1,7 +1,7 @@
 """Samples made ready for the network: one entry per sample, stacked where their shapes agree."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,26 +10,27 @@ from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.denoiser import Denoiser
 from sd_atoms.training.examples import Example
-from sd_atoms.training.noise import sample_noise
+from sd_atoms.training.noise import image_number, sample_noise
 from sd_atoms.training.objective import losses, offset, prediction_target, snr_weights
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The prompts of a run as the network takes them, either of two.
+    """The prompts of a run as the network takes them.
 
-    token_ids: (P, 77), where the text encoder moves. states: (P, 77, d), where it does not. base_states: states
-    (P, 77, d) by the untouched text encoder, for the teacher; None without one.
+    token_ids: (P, 77). state_of: prompt -> its states (77, d), where the text encoder does not move; None where it
+    does. base_states: prompt -> states (77, d) by the untouched text encoder, of those that the teacher is asked for.
     """
 
-    token_ids: torch.Tensor | None = None
-    states: torch.Tensor | None = None
-    base_states: torch.Tensor | None = None
+    token_ids: torch.Tensor
+    state_of: Callable[[int], torch.Tensor] | None = None
+    base_states: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def of(self, prompts: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         """What `Denoiser` takes for those prompts."""
-        name, values = ("states", self.states) if self.token_ids is None else ("token_ids", self.token_ids)
-        return {name: values[prompts].to(device)}
+        if self.state_of is None:
+            return {"token_ids": self.token_ids[prompts].to(device)}
+        return {"states": torch.stack([self.state_of(prompt) for prompt in prompts]).to(device)}
 
 
 class Sample(NamedTuple):
@@ -68,13 +69,12 @@ def make_samples(
         weight: of each in the loss.
         from_teacher: the target comes from the teacher, and every prompt stays.
     """
-    counts = [len(example.prompts) for example in examples]
-    shapes = [tuple(example.latents.mean.shape) for example in examples]
     steps = schedule.config.num_train_timesteps
     made = []
     for number in numbers:
-        drawn = sample_noise(seed, number, counts, shapes, steps, purpose)
-        example = examples[drawn.image]
+        example = examples[image_number(seed, number, len(examples), purpose)]
+        shape = tuple(example.latents.mean.shape)
+        drawn = sample_noise(seed, number, len(example.prompts), shape, steps, purpose)
         mirrored = example.mirrored is not None and drawn.mirrored < 0.5
         clean = (example.mirrored if mirrored else example.latents).sample(drawn.latent_noise).unsqueeze(0)
         noise = offset(drawn.noise, drawn.whole_noise, objective.noise_offset).unsqueeze(0)
@@ -120,7 +120,7 @@ def sample_losses(
             target[known] = torch.stack([group[place].target for place in known]).to(device)
         if from_teacher:
             with torch.no_grad(), adapters_off(plain.unet):
-                states = texts.base_states[[prompts[place] for place in from_teacher]].to(device)
+                states = torch.stack([texts.base_states[prompts[place]] for place in from_teacher]).to(device)
                 target[from_teacher] = plain(noisy[from_teacher], timesteps[from_teacher], states=states).float()
         weights = torch.tensor([sample.weight for sample in group], device=device)
         found.append(weights * losses(prediction, target, objective.loss_type, objective.huber_c))

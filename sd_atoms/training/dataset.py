@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from sd_atoms.data.concepts import Source, image_prompts
@@ -10,7 +12,8 @@ from sd_atoms.data.config import Concept
 from sd_atoms.data.prompts import load_prompts
 from sd_atoms.errors import UserError
 from sd_atoms.training.config import PriorSettings
-from sd_atoms.training.examples import Cropping, Example, encode_images
+from sd_atoms.training.examples import Cropping, Examples
+from sd_atoms.training.latents import encode_images
 from sd_atoms.training.noise import generator
 
 
@@ -23,9 +26,9 @@ class Dataset:
     the last one is empty.
     """
 
-    examples: list[Example]
-    held_out: list[Example]
-    prior: list[Example]
+    examples: Examples
+    held_out: Examples
+    prior: Examples
     prompts: list[str] = field(default_factory=list)
 
     @property
@@ -39,7 +42,15 @@ def class_prompts(prior: PriorSettings, concept: Concept) -> list[str]:
     return load_prompts(prior.class_prompts_file) if prior.class_prompts_file else [concept.class_prompt]
 
 
-def make_dataset(vae, sources: Sequence[Source], how: Cropping, prior: PriorSettings, holdout_images: int) -> Dataset:
+def make_dataset(
+    vae,
+    sources: Sequence[Source],
+    how: Cropping,
+    prior: PriorSettings,
+    holdout_images: int,
+    scratch: Path | None = None,
+    accelerator=None,
+) -> Dataset:
     """Encodes all images and numbers all prompts.
 
     Args:
@@ -48,38 +59,44 @@ def make_dataset(vae, sources: Sequence[Source], how: Cropping, prior: PriorSett
         how: images are cropped.
         prior: how the prior is kept.
         holdout_images: how many images are kept out of training.
+        scratch, accelerator: as for `encode_images`.
 
     Raises:
-        UserError: an image or prompt cannot be used, or too many images are held out.
+        UserError: an image or prompt cannot be used, too many images are held out, or the disk is full.
     """
     prompts: dict[str, int] = {}  # prompt -> its index
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # images of the same prompts hold one tuple
 
     def numbered(texts: Sequence[str]) -> tuple[int, ...]:
-        return tuple(prompts.setdefault(text, len(prompts)) for text in texts)
+        own = tuple(prompts.setdefault(text, len(prompts)) for text in texts)
+        return shared.setdefault(own, own)
 
-    everything, prior_examples = [], []
+    own, of_class, repeats, class_prompt = [], [], [], []
     for source in sources:
-        encoded = encode_images(vae, source.images, how)
-        made = [
-            Example(*latents, numbered(texts)) for latents, texts in zip(encoded, image_prompts(source), strict=True)
-        ]
-        everything += [(example, source.concept.repeats) for example in made]
+        own += [numbered(texts) for texts in image_prompts(source)]
+        repeats += [source.concept.repeats] * len(source.images)
         if prior.prior == "teacher":
-            of_class = numbered(class_prompts(prior, source.concept))
-            prior_examples += [example._replace(prompts=of_class) for example in made]
+            of_class += [numbered(class_prompts(prior, source.concept))] * len(source.images)
         elif prior.prior == "images":
-            encoded = encode_images(vae, source.class_images, how)
-            prior_examples += [Example(*latents, numbered([source.concept.class_prompt])) for latents in encoded]
-    out = _held_out(len(everything), holdout_images, how.seed)
+            class_prompt += [numbered([source.concept.class_prompt])] * len(source.class_images)
+    out = _held_out(len(own), holdout_images, how.seed)
     prompts.setdefault("", len(prompts))
     if list(prompts).index("") != len(prompts) - 1:
         raise UserError("an empty prompt cannot be trained with; see caption_dropout")
+
+    images = [image for source in sources for image in source.images]
+    latents = encode_images(vae, images, how, scratch, accelerator)
+    of_prior = Examples(latents, of_class, range(len(of_class)))
+    if prior.prior == "images":
+        images = [image for source in sources for image in source.class_images]
+        class_latents = encode_images(vae, images, how, scratch, accelerator)
+        of_prior = Examples(class_latents, class_prompt, range(len(images)))
+    places = np.arange(len(own), dtype=np.int32)
+    kept = np.array([place not in out for place in places])
     return Dataset(
-        examples=[
-            example for place, (example, repeats) in enumerate(everything) if place not in out for _ in range(repeats)
-        ],
-        held_out=[example for place, (example, _) in enumerate(everything) if place in out],
-        prior=prior_examples,
+        examples=Examples(latents, own, np.repeat(places[kept], np.array(repeats)[kept])),
+        held_out=Examples(latents, own, places[~kept]),
+        prior=of_prior,
         prompts=list(prompts),
     )
 

@@ -20,7 +20,7 @@ from sd_atoms.training.batch import Texts, make_samples, sample_losses
 from sd_atoms.training.config import TextSettings, TrainConfig, budget_of
 from sd_atoms.training.dataset import Dataset
 from sd_atoms.training.denoiser import Denoiser, TrainedRows
-from sd_atoms.training.examples import encode_prompts, tokenize
+from sd_atoms.training.examples import prompt_states, tokenize
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import parameter_groups
 from sd_atoms.training.steps import Hooks, run_steps
@@ -28,7 +28,6 @@ from sd_atoms.training.validation import validation_loss
 from sd_atoms.tuner import AtomsConfig
 
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-MOST_KEPT_PROMPTS = 256  # states of more prompts are made anew at each step: one takes 236 KB with SD v1-4
 
 
 @dataclass(frozen=True)
@@ -207,17 +206,12 @@ def train_diffusion(
 
 
 def prepare_texts(pipe, config: TrainConfig, dataset: Dataset) -> Texts:
-    """All prompts as token ids, or as states where they are few and nothing of the text encoder is trained."""
+    """All prompts as token ids, and their states where nothing of the text encoder is trained."""
     ids = tokenize(pipe.tokenizer, dataset.prompts)
     cache = Path(config.data.cache_dir) if config.data.cache_dir else None
-    base_states = None
-    if config.prior.prior == "teacher":
-        # before the text side moves; prompts of no prior example are never looked up
-        used = sorted({prompt for example in dataset.prior for prompt in example.prompts})
-        made = encode_prompts(pipe.text_encoder, ids[used], None)
-        base_states = made.new_zeros(len(ids), *made.shape[1:])
-        base_states[used] = made
+    base_states = {}
+    if config.prior.prior == "teacher":  # before the text side moves
+        base_state_of = prompt_states(pipe.text_encoder, ids, None)
+        base_states = {prompt: base_state_of(prompt) for prompt in {p for own in dataset.prior.prompts for p in own}}
     moves = config.text.train_token_embedding or config.text.train_text_encoder
-    if moves or (len(ids) > MOST_KEPT_PROMPTS and cache is None):
-        return Texts(token_ids=ids, base_states=base_states)
-    return Texts(states=encode_prompts(pipe.text_encoder, ids, cache), base_states=base_states)
+    return Texts(ids, None if moves else prompt_states(pipe.text_encoder, ids, cache), base_states)

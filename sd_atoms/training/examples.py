@@ -1,9 +1,10 @@
-"""The training set of a run: latents and prompts, both made once and kept in memory, on disk too if asked for."""
+"""What a sample is made of: an image as latents, cropped as the settings say, and the states of its prompts."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +13,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
 from sd_atoms.data.config import DataSettings
-from sd_atoms.data.images import fit, flip, to_tensor
+from sd_atoms.data.images import fit
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite
+
+STATES_IN_MEMORY = 256 * 2**20  # bytes: 1,137 prompts of Stable Diffusion v1-4 in float32
 
 
 class Latents(NamedTuple):
@@ -42,6 +44,28 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Examples(Sequence):
+    """Images to learn from, each made when it is asked for: nothing here grows with the set but numbers.
+
+    latents: by image, Latents, or a pair with the mirrored ones. prompts: by image, indices of the run's prompts.
+    order: which images these are, one may come several times.
+    """
+
+    latents: Sequence[tuple[Latents, Latents | None]]
+    prompts: Sequence[tuple[int, ...]]
+    order: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int | slice) -> "Example | Examples":
+        if isinstance(place, slice):
+            return replace(self, order=self.order[place])
+        image = self.order[place]
+        return Example(*self.latents[image], self.prompts[image])
+
+
+@dataclass(frozen=True)
 class Cropping:
     """How images become training images: by the settings of the data, at a resolution whose sides are multiples of
     `unit_px`."""
@@ -52,28 +76,19 @@ class Cropping:
     seed: int
 
 
+def size_of(size: tuple[int, int], how: Cropping) -> tuple[int, int]:
+    """(width, height) in px that an image of `size` is trained at."""
+    if how.data.aspect_ratio_buckets:
+        return nearest(size, bucket_sizes(how.resolution_px, how.unit_px))
+    return how.resolution_px, how.resolution_px
+
+
 def crop(record: ImageRecord, how: Cropping) -> Image.Image:
     """An image in its training size; the place of the crop depends on nothing but the image's name and the seed."""
     place = random.Random(f"{how.seed}/{Path(record.name).name}")
-    image = record.read()
-    size = how.resolution_px
-    if how.data.aspect_ratio_buckets:
-        size = nearest(image.size, bucket_sizes(how.resolution_px, how.unit_px))
-    return fit(image, size, center_crop=how.data.center_crop, resample=how.data.image_interpolation_mode, rng=place)
-
-
-def encode_images(vae, records: Sequence[ImageRecord], how: Cropping) -> list[tuple[Latents, Latents | None]]:
-    """Reads, crops and encodes every image once, and its mirror image with `random_flip`.
-
-    One at a time and in float32: the VAE of Stable Diffusion overflows in fp16, and a batch would change last bits.
-    """
-    encode = _encoder(vae, Path(how.data.cache_dir) if how.data.cache_dir else None)
-    found = []
-    for record in tqdm(records, desc="Latents", unit="picture", disable=None, delay=2, leave=False):
-        image = crop(record, how)
-        mirrored = encode(flip(image), record.name) if how.data.random_flip else None
-        found.append((encode(image, record.name), mirrored))
-    return found
+    image, data = record.read(), how.data
+    size = size_of(image.size, how)
+    return fit(image, size, center_crop=data.center_crop, resample=data.image_interpolation_mode, rng=place)
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
@@ -83,18 +98,29 @@ def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-@torch.no_grad()
-def encode_prompts(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> torch.Tensor:
-    """States (P, 77, d) of a text encoder that is not trained, one prompt at a time, on the CPU in its dtype."""
-    states, own = [], None
-    for ids in token_ids:
+def prompt_states(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> Callable[[int], torch.Tensor]:
+    """prompt -> its states (77, d), on the CPU in the dtype of a text encoder that is not trained.
+
+    They are made when they are asked for, one prompt at a time; the latest are kept, as many as STATES_IN_MEMORY
+    holds, and with a cache all of them on disk.
+
+    Args:
+        text_encoder: of the base.
+        token_ids: (P, 77), of all prompts.
+        cache: folder; None for no cache.
+    """
+    one = token_ids.shape[1] * text_encoder.config.hidden_size * text_encoder.dtype.itemsize
+    own = fingerprint(text_encoder) if cache is not None else None
+
+    @functools.lru_cache(maxsize=max(1, STATES_IN_MEMORY // one))
+    def state_of(prompt: int) -> torch.Tensor:
+        ids = token_ids[prompt]
         if cache is None:
-            states.append(_text_states(text_encoder, ids))
-            continue
-        own = own or fingerprint(text_encoder)
+            return _text_states(text_encoder, ids)
         path = cache / "text" / f"{_hash(own, ids.numpy().tobytes())}.safetensors"
-        states.append(_kept(path, lambda ids=ids: {"states": _text_states(text_encoder, ids)})["states"])
-    return torch.stack(states)
+        return _kept(path, lambda: {"states": _text_states(text_encoder, ids)})["states"]
+
+    return state_of
 
 
 def fingerprint(module: nn.Module) -> bytes:
@@ -106,29 +132,11 @@ def fingerprint(module: nn.Module) -> bytes:
     return content.digest()
 
 
+@torch.no_grad()
 def _text_states(text_encoder, ids: torch.Tensor) -> torch.Tensor:
     states = text_encoder(ids.unsqueeze(0).to(text_encoder.device))[0][0].cpu()
     check_finite(states, "the states of a prompt", "the text encoder of the base is broken")
     return states
-
-
-def _encoder(vae, cache: Path | None) -> Callable[[Image.Image, str], Latents]:
-    own = fingerprint(vae) if cache is not None else None
-
-    @torch.no_grad()
-    def encode(image: Image.Image, name: str) -> dict[str, torch.Tensor]:
-        posterior = vae.encode(to_tensor([image]).to(vae.device, vae.dtype)).latent_dist
-        scale = vae.config.scaling_factor
-        check_finite(posterior.mean + posterior.std, f"the latents of {name}", "the autoencoder of the base is broken")
-        return {"mean": posterior.mean[0].float().cpu() * scale, "std": posterior.std[0].float().cpu() * scale}
-
-    def cached(image: Image.Image, name: str) -> Latents:
-        if cache is None:
-            return Latents(**encode(image, name))
-        key = _hash(own, f"{image.size}".encode(), image.tobytes())
-        return Latents(**_kept(cache / "latents" / f"{key}.safetensors", lambda: encode(image, name)))
-
-    return cached
 
 
 def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

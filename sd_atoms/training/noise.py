@@ -4,17 +4,16 @@ Sample number n counts over the whole run: optimiser step · pictures per step +
 draws what an uninterrupted one would, and a step of 4 pictures is the same step as 4 × 1, 2 × 2 or on 2 processes.
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 
 class SampleNoise(NamedTuple):
-    """What sample n consists of: indices, a timestep, and unit noise for the latent and for the diffusion."""
+    """What sample n of an image consists of: a prompt, a timestep, and unit noise for the latent and the diffusion."""
 
-    image: int
     prompt: int  # among the prompts of that image
     timestep: int
     latent_noise: torch.Tensor  # (c, h, w)
@@ -24,37 +23,39 @@ class SampleNoise(NamedTuple):
     whole_noise: torch.Tensor  # (c, 1, 1)
 
 
+def image_number(seed: int, n: int, images: int, purpose: str = "sample") -> int:
+    """Which of so many images sample n of a run shows: each epoch goes through all once, in an order of its own."""
+    epoch, place = divmod(n, images)
+    return _order(seed, "order" if purpose == "sample" else f"{purpose} order", epoch, images)[place].item()
+
+
+@functools.lru_cache(maxsize=4)  # of the training and of the prior, while one epoch goes over into the next
+def _order(seed: int, purpose: str, epoch: int, images: int) -> torch.Tensor:
+    return torch.randperm(images, generator=generator(seed, purpose, epoch))
+
+
 def sample_noise(
-    seed: int,
-    n: int,
-    prompts: Sequence[int],
-    shapes: Sequence[tuple[int, ...]],
-    timesteps: int,
-    purpose: str = "sample",
+    seed: int, n: int, prompts: int, shape: tuple[int, ...], timesteps: int, purpose: str = "sample"
 ) -> SampleNoise:
-    """Sample n of a run: each epoch goes through all images once, in an order of its own.
+    """Sample n of a run.
 
     Args:
         seed: of the run.
         n: the sample's number.
-        prompts: per image, how many prompts it has.
-        shapes: per image, the shape of its latents (c, h, w).
+        prompts: how many its image has.
+        shape: of its image's latents (c, h, w).
         timesteps: how many the noise schedule has.
         purpose: other purposes have other noise.
     """
-    epoch, place = divmod(n, len(prompts))
-    order_of = "order" if purpose == "sample" else f"{purpose} order"
-    image = torch.randperm(len(prompts), generator=generator(seed, order_of, epoch))[place].item()
     own = generator(seed, purpose, n)
     return SampleNoise(
-        image=image,
-        prompt=torch.randint(prompts[image], (), generator=own).item(),
+        prompt=torch.randint(prompts, (), generator=own).item(),
         timestep=torch.randint(timesteps, (), generator=own).item(),
-        latent_noise=torch.randn(shapes[image], generator=own),
-        noise=torch.randn(shapes[image], generator=own),
+        latent_noise=torch.randn(shape, generator=own),
+        noise=torch.randn(shape, generator=own),
         mirrored=torch.rand((), generator=own).item(),
         dropped=torch.rand((), generator=own).item(),
-        whole_noise=torch.randn((shapes[image][0], 1, 1), generator=own),
+        whole_noise=torch.randn((shape[0], 1, 1), generator=own),
     )
 
 

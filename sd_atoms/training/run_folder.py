@@ -20,13 +20,14 @@ from sd_atoms.training.config import OutputSettings, TrainConfig
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
 CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE = "checkpoints", "adapter", "images", "logs", "share"
+LATENTS = "latents"  # during a run, where they do not fit into memory
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 # a resumed run may differ from its start in these: they change no trained number that is already fixed
 FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "prompts_file",
     "num_instance_images", "guidance_scale", "num_inference_steps", "scheduler", "clip_model_name_or_path",
-    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir",
+    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir", "latents_in_memory",
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def check_output(config: TrainConfig) -> None:
             raise UserError(f"output_dir: {folder} holds no run to resume")
         _check_same_settings(config, folder / CONFIG)
         read_header(find_checkpoint(config.output.resume_from_checkpoint, folder / CHECKPOINTS))
-    elif folder.exists() and set(folder.iterdir()) - set(leftovers(folder)):
+    elif _in_use(folder):
         if not holds_run:
             raise UserError(f"output_dir: {folder} holds files that are not a run; choose an empty or new folder")
         if not config.output.overwrite:
@@ -62,7 +63,12 @@ def is_first_start(output: OutputSettings) -> bool:
     folder = Path(output.output_dir)
     if output.resume_from_checkpoint != "latest" or checkpoints(folder / CHECKPOINTS) or (folder / ADAPTER).exists():
         return False
-    return (folder / CONFIG).exists() or not folder.exists() or not any(folder.iterdir())
+    return (folder / CONFIG).exists() or not _in_use(folder)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed before its first step."""
+    return folder.exists() and bool(set(folder.iterdir()) - {folder / LATENTS, *leftovers(folder)})
 
 
 def open_run(config: TrainConfig, processes: int) -> None:

@@ -22,24 +22,22 @@ def validation_loss(
     Nothing of the training moves: no noise is taken from it, and min-SNR weights and dropped captions are left out.
     The processes share the work; all must call it, and all get the same number.
     """
-    fixed = _samples(examples, seed, schedule)
-    found = torch.zeros(len(fixed), device=accelerator.device)
+    places = len(examples) * TIMESTEPS
+    found = torch.zeros(places, device=accelerator.device)
     plain.unet.eval()  # the text encoder trains in eval mode as it is
-    for place in range(accelerator.process_index, len(fixed), accelerator.num_processes):
-        found[place] = sample_losses([fixed[place]], plain, plain, texts, objective, accelerator.device)[0]
+    for place in range(accelerator.process_index, places, accelerator.num_processes):
+        sample = _sample(examples[place // TIMESTEPS], place, seed, schedule)
+        found[place] = sample_losses([sample], plain, plain, texts, objective, accelerator.device)[0]
     plain.unet.train()
     # every place was filled by one process, so the sum over them is exact
     return accelerator.reduce(found, "sum").mean().item()
 
 
-def _samples(examples: Sequence[Example], seed: int, schedule) -> list[Sample]:
-    made, steps = [], schedule.config.num_train_timesteps
-    for number, example in enumerate(examples):
-        clean = example.latents.mean.unsqueeze(0)
-        for part in range(TIMESTEPS):
-            timestep = torch.tensor([int((part + 0.5) / TIMESTEPS * steps)])
-            noise = torch.randn(clean.shape, generator=generator(seed, "validation", number * TIMESTEPS + part))
-            noisy = schedule.add_noise(clean, noise, timestep)[0]
-            target = prediction_target(schedule, clean, noise, timestep)[0]
-            made.append(Sample(noisy, target, timestep.item(), example.prompts[0], 1.0))
-    return made
+def _sample(example: Example, place: int, seed: int, schedule) -> Sample:
+    clean = example.latents.mean.unsqueeze(0)
+    part = place % TIMESTEPS
+    timestep = torch.tensor([int((part + 0.5) / TIMESTEPS * schedule.config.num_train_timesteps)])
+    noise = torch.randn(clean.shape, generator=generator(seed, "validation", place))
+    noisy = schedule.add_noise(clean, noise, timestep)[0]
+    target = prediction_target(schedule, clean, noise, timestep)[0]
+    return Sample(noisy, target, timestep.item(), example.prompts[0], 1.0)

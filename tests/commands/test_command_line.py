@@ -186,7 +186,7 @@ def test_gradient_checkpointing_and_validation_change_no_number(tmp_path):
     assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_path, number):
     whole = write(
         tmp_path, "whole.yaml", max_train_steps=20, num_instance_images=1, output_dir=str(tmp_path / "whole")
@@ -219,6 +219,7 @@ def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_
     assert (tmp_path / "run" / "images" / "instance-00.png").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path):
     one = write(tmp_path, "one.yaml", train_batch_size=2, num_instance_images=1, output_dir=str(tmp_path / "one"))
     assert train_main(["--config", one]) == 0

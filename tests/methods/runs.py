@@ -96,6 +96,7 @@ def run(place, method, out, **settings):
             return original_losses(samples, *others)
 
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # a test that looks at a run may have switched it off
         stack.enter_context(mock.patch.object(command, "train_diffusion", train))
         stack.enter_context(mock.patch.object(diffusion, "sample_losses", losses_of))
         for state in (AcceleratorState, GradientState, PartialState):

@@ -214,6 +214,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_files_of_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -182,6 +182,7 @@ def uninterrupted(folder, steps, **settings):
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_equals_one_that_was_not(tmp_path):
     whole, runner = uninterrupted(tmp_path, steps=8), Runner(tmp_path, max_train_steps=8)
     runner.kill_after(0.1)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from sd_atoms.cli import train_main
 from sd_atoms.data.concepts import Source
 from sd_atoms.data.config import Concept, DataSettings
-from sd_atoms.data.records import folder_images
+from sd_atoms.data.records import folder_images, usable
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import load_atoms
 from sd_atoms.settings import replaced
 from sd_atoms.sources import packaged_path
-from sd_atoms.training import examples
+from sd_atoms.training import examples, latents
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
 from sd_atoms.training.dataset import make_dataset
 from sd_atoms.training.denoiser import Denoiser
@@ -80,7 +80,7 @@ def config_of(**settings):
 def source_of(config, pictures=None):
     concept = config.all_concepts[0]
     found = pictures or folder_images(packaged_path(concept.instance_data_dir), config.data.captions)[0]
-    return Source(concept, found[:2])
+    return Source(concept, usable(found[:2], "error")[0])
 
 
 def dataset_of(pipe, config, sources):
@@ -157,7 +157,7 @@ def test_several_concepts_and_tokens_are_trained_in_one_run_and_no_other_row_mov
 def test_every_concept_is_shown_under_its_own_prompts_and_as_often_as_asked(pocket):
     config = config_of(**dict.fromkeys(ONE_CONCEPT), concepts=tuple(_concepts()))
     sources = [
-        Source(concept, folder_images(packaged_path(concept.instance_data_dir), False)[0][:2])
+        Source(concept, usable(folder_images(packaged_path(concept.instance_data_dir), False)[0][:2], "error")[0])
         for concept in config.all_concepts
     ]
     dataset = dataset_of(pocket, config, sources)
@@ -251,13 +251,13 @@ def test_cached_latents_and_states_give_the_same_run_and_nothing_is_encoded_twic
     plain = run(tmp_path / "plain", **{**settings, "cache_dir": None})
     first = run(tmp_path / "first", **settings)
     kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert {path.parent.name for path in kept} == {"latents", "text"}
+    assert {path.relative_to(tmp_path / "cache").parts[0] for path in kept} == {"latents", "text"}
 
     def fail(*_):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(examples, "_text_states", fail)
-    monkeypatch.setattr(examples, "to_tensor", fail)
+    monkeypatch.setattr(latents, "to_tensor", fail)
     second = run(tmp_path / "second", **settings)
     assert same(numbers(plain), numbers(first))
     assert same(numbers(first), numbers(second))
@@ -449,8 +449,9 @@ def test_the_shape_of_what_texts_hold(pipe):
     config = config_of(**PLAIN)
     dataset, texts, _ = adapted(pipe, config)
     assert isinstance(texts, Texts)
-    assert texts.token_ids is None  # states: nothing of the text encoder moves
-    assert texts.states.shape[:2] == (len(dataset.prompts), 77)
+    states = [texts.state_of(prompt) for prompt in range(len(dataset.prompts))]  # nothing of the text encoder moves
+    assert {state.shape[0] for state in states} == {77}
+    assert texts.of([0, 1], torch.device("cpu"))["states"].equal(torch.stack(states[:2]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
