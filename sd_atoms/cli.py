@@ -17,7 +17,7 @@ from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
 
 COMMANDS = ("train", "doctor", "generate", "drift", "sweep", "inspect", "share", "bench", "pretrain-pocket")
-BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms")
+BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
 CONFIGURED = ("train", "doctor", "generate", "drift")  # take a YAML file of settings
 
 

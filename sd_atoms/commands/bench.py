@@ -2,12 +2,14 @@
 
 from dataclasses import asdict, dataclass
 
+from sd_atoms.bench.data import bench_data, data_text
 from sd_atoms.bench.decompose import bench_decompose, decompose_text
 from sd_atoms.bench.forms import bench_forms, forms_text
 from sd_atoms.bench.methods import parse_methods
 from sd_atoms.bench.serve import bench_serve, serve_text
 from sd_atoms.bench.sparse import bench_sparse, sparse_text
 from sd_atoms.bench.step import bench_step, step_text
+from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
 from sd_atoms.machine import usable_cores
 from sd_atoms.settings import section, setting
@@ -102,7 +104,16 @@ class Forms:
     common: Common = section(Common)
 
 
-def run(settings: Step | Serve | Decompose | Sparse | Forms) -> None:
+@dataclass(frozen=True)
+class Data:
+    """Settings of `sd-atoms bench data`."""
+
+    sizes: str = setting("5,1000", WHAT, "comma-separated numbers of pictures")
+    folder: str | None = setting(None, HOW, "where the rendered pictures stay for the next time; none = nowhere")
+    common: Common = section(Common)
+
+
+def run(settings: Step | Serve | Decompose | Sparse | Forms | Data) -> None:
     """Measures, prints a table, then writes the JSON file asked for.
 
     Raises:
@@ -115,6 +126,9 @@ def run(settings: Step | Serve | Decompose | Sparse | Forms) -> None:
     elif isinstance(settings, Sparse):
         result = bench_sparse(settings.channels, settings.m, settings.l1, rounds, threads)
         text = sparse_text(result)
+    elif isinstance(settings, Data):
+        result = bench_data(_numbers(settings.sizes), threads, settings.folder)
+        text = data_text(result)
     elif isinstance(settings, Serve):
         arch, device = settings.architecture.arch, settings.device
         result = bench_serve(arch, settings.resolution, rounds, settings.steps, threads, device.device, device.dtype)
@@ -137,3 +151,10 @@ def run(settings: Step | Serve | Decompose | Sparse | Forms) -> None:
     print(text)
     if settings.common.json:
         write_json(settings.common.json, result)
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"sizes: {text!r}: integers from 1 on with commas between are allowed")
+    return [int(word) for word in words]

@@ -47,6 +47,7 @@ class Settings:
     num_inference_steps: int | None = setting(None, HOW, "denoising steps; none = as in training", low=1, high=1000)
     scheduler: str | None = setting(None, HOW, "sampler; none = as in training", choices=SCHEDULERS)
     resolution: int | None = setting(None, HOW, "side in pixels; none = as in training", low=32, high=4096)
+    generation_batch_size: int = setting(1, HOW, "pictures a process draws together; last bits follow it", low=1)
 
 
 def run(config: Settings) -> Path:
@@ -90,12 +91,14 @@ def run(config: Settings) -> Path:
         "adapter_scale": str(config.adapter_scale),
         "dtype": config.dtype,
     }
-    generate_missing(pipe, accelerator, requests, sampling, out, notes, config.overwrite)
+    generate_missing(pipe, accelerator, requests, sampling, out, notes, config.overwrite, config.generation_batch_size)
     base_requests = _requests(templates, base_token, seeds, "base-") if config.compare_base else []
     if config.compare_base:
         notes = making_notes("none", base) | {"dtype": config.dtype}
         with adapters_off(pipe.unet, pipe.text_encoder):
-            generate_missing(pipe, accelerator, base_requests, sampling, out, notes, config.overwrite)
+            generate_missing(
+                pipe, accelerator, base_requests, sampling, out, notes, config.overwrite, config.generation_batch_size
+            )
     if accelerator.is_main_process:
         rows, labels = [], []
         for index, template in enumerate(templates):

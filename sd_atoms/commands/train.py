@@ -138,10 +138,12 @@ def run(config: TrainConfig) -> Path:
     anew = config.output.resume_from_checkpoint is not None  # a run that went on draws otherwise than before
     requests = [request for own in sets for kind in ("instance", "prompt") for request in own[kind]]
     adapter_notes = making_notes(f"{name}.safetensors", base)
-    generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, adapter_notes, anew)
+    together = config.images.generation_batch_size
+    generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, adapter_notes, anew, together)
     requests = [request for own in sets for kind in ("base-instance", "base-prompt") for request in own[kind]]
     with adapters_off(pipe.unet, pipe.text_encoder):
-        generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, making_notes("none", base), anew)
+        base_notes = making_notes("none", base)
+        generate_missing(pipe, accelerator, requests, sampling, folder / IMAGES, base_notes, anew, together)
 
     # Report
     if accelerator.is_main_process:
@@ -203,6 +205,7 @@ def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sa
         sampling,
         config.loop.seed,
         config.base.pretrained_model_name_or_path,
+        config.images.generation_batch_size,
     )
     images, _ = usable([image_record(path) for path in paths], "error", accelerator)
     return dataclasses.replace(source, class_images=images)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import ImageRecord, folder_images, table_images, usable
+from sd_atoms.data.shards import find_shards, shard_images
 from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_path
 
@@ -39,6 +40,8 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
                 caption_column=data.caption_column,
                 most=data.max_train_samples,
             )
+        elif shards := find_shards(place):
+            found = shard_images(shards, data.captions)
         else:
             found, ignored = folder_images(packaged_path(place) or place, data.captions)
             if data.captions and found[0].caption is None:

@@ -12,7 +12,9 @@ DATA, TOKEN, PRIOR = "data", "token and text encoder", "prior preservation"
 class Concept:
     """One thing to learn: an entry of `concepts`, or what the flags of the same names say."""
 
-    instance_data_dir: str | None = setting(None, DATA, "folder with its pictures, or pocket:castle, pocket:canal")
+    instance_data_dir: str | None = setting(
+        None, DATA, "folder with its pictures, or with .tar shards of webdataset, or pocket:castle, pocket:canal"
+    )
     instance_prompt: str | None = setting(None, DATA, 'what they show, such as "photo of a <castle>"')
     instance_prompts_file: str | None = setting(None, DATA, "templates with {}, one drawn for each picture")
     placeholder_token: str | None = setting(None, TOKEN, "new word, or several with spaces between")
@@ -82,7 +84,7 @@ class DataSettings:
     instance_data_dir: str | None = setting(
         None,
         DATA,
-        "folder with the pictures of the concept, or pocket:castle, pocket:canal",
+        "folder with the pictures of the concept, or with .tar shards of webdataset, or pocket:castle, pocket:canal",
         required=True,
         unless=("concepts", "dataset_name"),
     )

@@ -24,6 +24,7 @@ def generate_missing(
     folder: Path,
     notes: Mapping[str, str],
     overwrite: bool = False,
+    batch_size: int = 1,
 ) -> None:
     """Draws the pictures that `folder` lacks, `<name>.png` each, with prompt, seed, sampling and `notes` inside.
 
@@ -35,6 +36,7 @@ def generate_missing(
         folder: where they go.
         notes: what else a picture should say of its making, such as adapter and version.
         overwrite: draw all of them again.
+        batch_size: how many a process draws together, see `generate`.
 
     Raises:
         UserError: a file of that name exists and was made otherwise (prompt, seed, adapter, settings).
@@ -47,7 +49,7 @@ def generate_missing(
             if overwrite or not _is_there(folder / f"{request.name}.png", _notes(request, sampling, notes))
         ],
     )
-    for request, image in generate(pipe, missing, sampling, accelerator):
+    for request, image in generate(pipe, missing, sampling, accelerator, batch_size):
         save_image(folder / f"{request.name}.png", image, _notes(request, sampling, notes))
 
 

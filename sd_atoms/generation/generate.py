@@ -24,19 +24,20 @@ class Request:
 
 
 def generate(
-    pipe, requests: Sequence[Request], sampling: Sampling, accelerator=None
+    pipe, requests: Sequence[Request], sampling: Sampling, accelerator=None, batch_size: int = 1
 ) -> Iterator[tuple[Request, Image.Image]]:
     """Draws one picture per request, in order.
 
-    Pictures are drawn one by one: in a batch, the order of sums in a convolution depends on the batch, and a picture
-    would differ in its last bits with its neighbours. Each has its own CPU generator, so a card draws the same noise.
-    Adapters, train mode, dtype, scheduler and all global random state are as before once the iterator has ended.
+    Each has its own CPU generator, so a card draws the same noise, whatever its neighbours are. Adapters, train mode,
+    dtype, scheduler and all global random state are as before once the iterator has ended.
 
     Args:
         pipe: a Stable Diffusion pipeline.
         requests: what to draw.
         sampling: how.
         accelerator: with several processes they share the work, and the main process alone yields; all must iterate.
+        batch_size: how many a process draws together. One by one, a picture is the same bit for bit in any company; in
+            a batch, the order of sums in a convolution depends on the batch, and last bits with it.
 
     Yields:
         (request, RGB picture).
@@ -44,9 +45,10 @@ def generate(
     processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     bar = tqdm(total=len(requests), desc="Pictures", unit="picture", disable=None if rank == 0 else True)
     with _prepared(pipe, sampling.scheduler), bar:
-        for start in range(0, len(requests), processes):
-            share = requests[start : start + processes]
-            pictures = [_generate_one(pipe, share[rank], sampling)] if rank < len(share) else []
+        for start in range(0, len(requests), processes * batch_size):
+            share = requests[start : start + processes * batch_size]
+            own = share[rank * batch_size : (rank + 1) * batch_size]
+            pictures = _generate_together(pipe, own, sampling) if own else []
             if processes > 1:
                 pictures = gather_object(pictures)
             if rank == 0:
@@ -55,20 +57,21 @@ def generate(
 
 
 @torch.no_grad()
-def _generate_one(pipe, request: Request, sampling: Sampling) -> Image.Image:
+def _generate_together(pipe, requests: Sequence[Request], sampling: Sampling) -> list[Image.Image]:
     images = pipe(
-        request.prompt,
+        [request.prompt for request in requests],
         height=sampling.resolution,
         width=sampling.resolution,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed),
+        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
         output_type="pt",
-    ).images  # (1, 3, H, W) in [0, 1]
-    what, why = f"the pixels of {request.prompt!r}, seed {request.seed},", "the base, or the adapter in it, is broken"
-    check_finite(images, what, f"{why}, or its autoencoder overflows in half precision: try dtype fp32")
+    ).images  # (n, 3, H, W) in [0, 1]
+    why = "the base, or the adapter in it, is broken, or its autoencoder overflows in half precision: try dtype fp32"
+    for request, image in zip(requests, images, strict=True):
+        check_finite(image, f"the pixels of {request.prompt!r}, seed {request.seed},", why)
     processor = pipe.image_processor
-    return processor.numpy_to_pil(processor.pt_to_numpy(images))[0]
+    return processor.numpy_to_pil(processor.pt_to_numpy(images))
 
 
 @contextlib.contextmanager

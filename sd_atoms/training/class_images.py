@@ -27,7 +27,15 @@ LEAST_DEVIATION = 2.0  # of 255, in at least one channel
 
 
 def class_image_paths(
-    pipe, accelerator, folder: Path, prompt: str, count: int, sampling: Sampling, seed: int, base: str
+    pipe,
+    accelerator,
+    folder: Path,
+    prompt: str,
+    count: int,
+    sampling: Sampling,
+    seed: int,
+    base: str,
+    batch_size: int = 1,
 ) -> list[Path]:
     """Exactly `count` pictures of the class; what `folder` lacks is drawn into it as `class-<seed number>.png`.
 
@@ -45,6 +53,7 @@ def class_image_paths(
         sampling: how pictures are drawn.
         seed: of the run.
         base: the model's name, for the notes in the pictures.
+        batch_size: how many a process draws together, see `generate`.
 
     Returns:
         The paths, the same on every process.
@@ -63,7 +72,7 @@ def class_image_paths(
     most_blank, blank = max(MOST_BLANK, missing), 0
     while missing:
         requests = [Request(prompt, number, _name(number)) for number in islice(seeds, missing)]
-        new = _draw(pipe, accelerator, requests, sampling, folder, notes)
+        new = _draw(pipe, accelerator, requests, sampling, folder, notes, batch_size)
         drawn |= new
         missing -= len(new)
         blank += len(requests) - len(new)
@@ -118,10 +127,12 @@ def _check(paths: Sequence[Path]) -> None:
         raise UserError("\n  ".join([f"{len(problems)} of {len(paths)} class pictures cannot be used:", *problems]))
 
 
-def _draw(pipe, accelerator, requests, sampling: Sampling, folder: Path, notes: Mapping[str, str]) -> dict[int, Path]:
+def _draw(
+    pipe, accelerator, requests, sampling: Sampling, folder: Path, notes: Mapping[str, str], batch_size: int
+) -> dict[int, Path]:
     """Draws each request once and keeps what is not blank: seed -> path, on every process."""
     saved = {}
-    for request, image in generate(pipe, requests, sampling, accelerator):
+    for request, image in generate(pipe, requests, sampling, accelerator, batch_size):
         if not _is_blank(image):
             saved[request.seed] = folder / request.name
             save_image(saved[request.seed], image, {**notes, "seed": str(request.seed)})

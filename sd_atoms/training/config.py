@@ -218,6 +218,9 @@ class ImageSettings:
     scheduler: str = setting(
         "ddim", PICTURES, "sampler, also of validation; base = the base's own", choices=SCHEDULERS
     )
+    generation_batch_size: int = setting(
+        1, PICTURES, "pictures a process draws together; the last bits of a picture follow it", low=1
+    )
     clip_model_name_or_path: str | None = setting(
         None, PICTURES, "CLIP that scores them: pocket:clip, a folder or a hub id; none = no scores"
     )

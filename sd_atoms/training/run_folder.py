@@ -26,8 +26,9 @@ LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "pe
 FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "prompts_file",
-    "num_instance_images", "guidance_scale", "num_inference_steps", "scheduler", "clip_model_name_or_path",
-    "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir", "latents_in_memory",
+    "num_instance_images", "generation_batch_size", "guidance_scale", "num_inference_steps", "scheduler",
+    "clip_model_name_or_path", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir",
+    "latents_in_memory",
 }  # fmt: skip
 
 

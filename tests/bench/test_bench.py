@@ -222,3 +222,18 @@ def test_bad_settings_are_refused_before_anything_runs(capsys, words, message):
 def test_pocket_is_a_unet_of_its_own():
     config = unet_config("pocket")
     assert sum(parameter.numel() for parameter in build_unet(config, "meta").parameters()) < 20e6
+
+
+@pytest.mark.slow
+def test_data_measures_sets_and_their_draws(bench, tmp_path):
+    printed = bench("data", "--sizes", "6", "--folder", str(tmp_path), "--json", str(tmp_path / "data.json"))
+    (entry,) = json.loads((tmp_path / "data.json").read_text())["sets"]
+    assert entry["pictures"] == len(list((tmp_path / "6").iterdir())) == 6
+    assert min(entry[key] for key in entry if key.endswith(("_per_second", "_per_draw"))) > 0
+    assert "check + encode s" in printed
+
+
+@pytest.mark.parametrize("sizes", ["", "5,", "0", "many", "-1"])
+def test_sizes_that_are_none_are_refused(sizes, capsys):
+    assert main(["bench", "data", "--sizes", sizes]) == 2
+    assert "integers from 1 on" in capsys.readouterr().err

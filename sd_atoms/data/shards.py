@@ -1,0 +1,90 @@
+"""Training pictures from webdataset shards: tar files whose entries of one name before the first dot are a sample."""
+
+import tarfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from sd_atoms.data.captions import tidy
+from sd_atoms.data.images import EXTENSIONS
+from sd_atoms.data.records import ImageRecord
+from sd_atoms.errors import UserError
+
+CAPTION = ".txt"
+
+
+class _Place(NamedTuple):
+    """Where the content of an entry lies in its shard, in bytes."""
+
+    start: int
+    size: int
+
+
+def find_shards(place: str | Path) -> list[Path]:
+    """The tar files that a path stands for: itself, or those directly inside a folder, by name."""
+    place = Path(place)
+    if place.is_file():
+        return [place] if place.suffix.lower() == ".tar" else []
+    return sorted(path for path in place.glob("*.tar") if path.is_file()) if place.is_dir() else []
+
+
+def shard_images(shards: Sequence[Path], captions: bool) -> list[ImageRecord]:
+    """The pictures in shards, in the order of the tar files; only their headers are read, none is decoded.
+
+    Args:
+        shards: uncompressed tar files.
+        captions: each picture's prompt is the entry NAME.txt beside it.
+
+    Raises:
+        UserError: a file is no tar file or is cut short, holds no picture, or lacks captions.
+    """
+    found = []
+    for path in shards:
+        entries = _entries(path)
+        samples: dict[str, dict[str, str]] = {}  # name before the first dot -> extension -> name
+        for name in entries:
+            folder, _, file = name.rpartition("/")
+            stem, _, extension = file.partition(".")
+            samples.setdefault(f"{folder}/{stem}", {})[f".{extension.lower()}"] = name
+        for parts in samples.values():
+            name = next((parts[extension] for extension in EXTENSIONS if extension in parts), None)
+            if name is None:
+                continue
+            caption = _caption(path, name, parts.get(CAPTION), entries) if captions else None
+            found.append(ImageRecord(f"{path}/{name}", caption, partial(_content, str(path), *entries[name])))
+    if not found:
+        raise UserError(f"{shards[0]}: no pictures in it; expected entries named {', '.join(EXTENSIONS)}")
+    return found
+
+
+def _entries(path: Path) -> dict[str, _Place]:
+    length, entries = path.stat().st_size, {}
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for entry in shard:
+                if entry.isfile():
+                    entries[entry.name] = _Place(entry.offset_data, entry.size)
+                    if entry.offset_data + entry.size > length:
+                        raise tarfile.ReadError(f"{entry.name} is cut short")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected an uncompressed tar file") from error
+    return entries
+
+
+def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Place]) -> str:
+    if name is None:
+        raise UserError(f"{path}/{picture}: has no caption; expected an entry {Path(picture).stem}{CAPTION} beside it")
+    text = tidy(_content(str(path), *entries[name]).decode("utf-8", errors="replace"))
+    if not text:
+        raise UserError(f"{path}/{name}: is empty; expected a caption")
+    return text
+
+
+def _content(path: str, start: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
