@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from sd_atoms.errors import UserError
 
 S, T = TypeVar("S"), TypeVar("T")
+HANDED_OVER = 16  # items
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -85,17 +86,21 @@ def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
     return result
 
 
-def read_ahead(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """function(item) of each, in order, computed by as many threads as there are cores, a few ahead of the reader."""
+def read_ahead(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """function(item) of each, in order, computed by as many threads as there are cores, a little ahead of the reader.
+
+    A thread takes several items at once: for small ones, handing over costs more than the work.
+    """
     cores, pending = usable_cores(), deque()
     with ThreadPoolExecutor(cores) as pool:
         try:
-            for item in items:
-                pending.append(pool.submit(function, item))
+            for start in range(0, len(items), HANDED_OVER):
+                share = items[start : start + HANDED_OVER]
+                pending.append(pool.submit(lambda share=share: [function(item) for item in share]))
                 if len(pending) > 2 * cores:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:
             for waiting in pending:
                 waiting.cancel()

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sd_atoms.bench.measuring import describe, machine_info, peak_bytes
+from sd_atoms.data.checked import usable
 from sd_atoms.data.config import DataSettings
-from sd_atoms.data.images import flip, read_image, to_tensor
-from sd_atoms.data.records import folder_images, usable
+from sd_atoms.data.images import read_image, to_tensor
+from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
 from sd_atoms.machine import read_ahead
 from sd_atoms.pipeline import open_base
@@ -34,13 +36,14 @@ POLL_SECONDS = 0.05
 FEW = 5  # pictures that the memory of a run is compared with
 
 
-def bench_data(sizes: list[int], threads: int, folder: str | None) -> dict:
+def bench_data(sizes: list[int], threads: int, folder: str | None, check_only: bool = False) -> dict:
     """Measures sets of these sizes, each from nothing and again from the cache, and the draws from them.
 
     Args:
         sizes: numbers of pictures; rendered as needed, 3 ms each.
         threads: for torch.
         folder: where the pictures stay for the next time; None for a temporary one.
+        check_only: without autoencoder and training.
 
     Raises:
         UserError: a training fails.
@@ -48,36 +51,43 @@ def bench_data(sizes: list[int], threads: int, folder: str | None) -> dict:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(folder or scratch)
-        few = _train(_pictures(place, FEW), Path(scratch))
-        sets = [_measure(_pictures(place, size), size, Path(scratch), few) for size in sizes]
+        few = None if check_only else _train(_pictures(place, FEW), Path(scratch))
+        sets = []
+        for size in sizes:
+            found = _check(_pictures(place, size), size, Path(scratch))
+            sets.append(
+                found if check_only else found | _encode_and_train(place / f"{size}", found, Path(scratch), few)
+            )
     return {"benchmark": "data", "machine": machine_info("cpu", threads), "train_steps": TRAIN_STEPS, "sets": sets}
 
 
 def data_text(result: dict) -> str:
     """The table of a result."""
-    head = [
-        "pictures", "decode/s", "check/s", "VAE/s", "encode/s", "check + encode s", "first step s", "to that",
-        "again s", "MB more", "us a draw",
-    ]  # fmt: skip
+    columns = {
+        "pictures": ("pictures", 1, "{:,}"),
+        "decode/s": ("decoded_per_second", 1, "{:,.0f}"),
+        "check/s": ("checked_per_second", 1, "{:,.0f}"),
+        "VAE/s": ("vae_per_second", 1, "{:,.0f}"),
+        "encode/s": ("encoded_per_second", 1, "{:,.0f}"),
+        "check + encode s": ("data_seconds", 1, "{:.1f}"),
+        "first step s": ("first_step_seconds", 1, "{:.1f}"),
+        "to that": ("first_step_to_data", 1, "{:.2f}x"),
+        "check again s": ("check_again_seconds", 1, "{:.1f}"),
+        "first step again s": ("again_seconds", 1, "{:.1f}"),
+        "MB of objects": ("object_bytes", 1e-6, "{:,.1f}"),
+        "MB more": ("bytes_more", 1e-6, "{:,.0f}"),
+        "us a draw": ("seconds_per_draw", 1e6, "{:.1f}"),
+    }
+    shown = {head: column for head, column in columns.items() if column[0] in result["sets"][0]}
     rows = [
-        [
-            f"{entry['pictures']:,}",
-            *(f"{entry[key]:,.0f}" for key in ("decoded_per_second", "checked_per_second")),
-            *(f"{entry[key]:,.0f}" for key in ("vae_per_second", "encoded_per_second")),
-            f"{entry['data_seconds']:.1f}",
-            f"{entry['first_step_seconds']:.1f}",
-            f"{entry['first_step_to_data']:.2f}x" if entry["pictures"] > FEW else "",
-            f"{entry['again_seconds']:.1f}",
-            f"{entry['bytes_more'] / 1e6:,.0f}",
-            f"{entry['seconds_per_draw'] * 1e6:.1f}",
-        ]
+        [text.format(entry[key] * factor if factor != 1 else entry[key]) for key, factor, text in shown.values()]
         for entry in result["sets"]
     ]
     note = (
         f"First step: since the start of a run of {TRAIN_STEPS} steps, less that of one on {FEW} pictures; again: the "
-        f"same from the cache. MB more: peak memory above that of {FEW} pictures."
+        f"same from the cache. Objects: what Python holds of the set. More: peak memory above that of {FEW} pictures."
     )
-    return f"{describe(result['machine'])}\n{text_table(head, rows)}\n{note}"
+    return f"{describe(result['machine'])}\n{text_table(list(shown), rows)}\n{note}"
 
 
 def _pictures(place: Path, count: int) -> Path:
@@ -91,35 +101,50 @@ def _pictures(place: Path, count: int) -> Path:
     return folder
 
 
-def _measure(folder: Path, size: int, scratch: Path, few: tuple[float, int]) -> dict:
-    pipe = open_base("pocket")
+def _check(folder: Path, size: int, scratch: Path) -> dict:
+    """What needs no network: reading, checking, checking again from the cache, the set as objects, draws."""
+    cache = scratch / "checked"
     pictures, _ = folder_images(folder, captions=False)
     decode = _seconds(lambda: sum(1 for _ in read_ahead(read_image, [record.name for record in pictures])))
-    start = time.perf_counter()
-    pictures, _ = usable(pictures, "error")
-    check = time.perf_counter() - start
-    how = Cropping(DataSettings(cache_dir=str(scratch / "own")), 128, 8, 0)
-    images = [to_tensor([flip(crop(record, how))]) for record in pictures[:ALONE]]
-    with torch.no_grad():
-        vae = _seconds(lambda: [pipe.vae.encode(image) for image in images]) / len(images)
-    encode = _seconds(lambda: encode_images(pipe.vae, pictures, how))
-    draw = _seconds(lambda: [image_number(0, n, size) for n in range(DRAWS)]) / DRAWS
-    shutil.rmtree(scratch / "own", ignore_errors=True)
-
-    first, memory = _train(folder, scratch)
-    again, _ = _train(folder, scratch, keep_cache=False)
+    check = _seconds(lambda: usable(pictures, "error", cache=cache))
+    again = _seconds(lambda: usable(folder_images(folder, captions=False)[0], "error", cache=cache))
+    tracemalloc.start()
+    kept = usable(folder_images(folder, captions=False)[0], "error", cache=cache)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del kept
+    shutil.rmtree(cache)
     return {
         "pictures": size,
         "decoded_per_second": size / decode,
         "checked_per_second": size / check,
+        "check_seconds": check,
+        "check_again_seconds": again,
+        "object_bytes": held,
+        "seconds_per_draw": _seconds(lambda: [image_number(0, n, size) for n in range(DRAWS)]) / DRAWS,
+    }
+
+
+def _encode_and_train(folder: Path, checked: dict, scratch: Path, few: tuple[float, int]) -> dict:
+    pipe = open_base("pocket")
+    pictures, _ = usable(folder_images(folder, captions=False)[0], "error")
+    how = Cropping(DataSettings(cache_dir=str(scratch / "own")), 128, 8, 0)
+    images = [to_tensor([crop(record, how)]) for record in pictures[:ALONE]]
+    with torch.no_grad():
+        vae = _seconds(lambda: [pipe.vae.encode(image) for image in images]) / len(images)
+    encode = _seconds(lambda: encode_images(pipe.vae, pictures, how))
+    shutil.rmtree(scratch / "own")
+    data = checked["check_seconds"] + encode
+    first, memory = _train(folder, scratch)
+    again, _ = _train(folder, scratch, keep_cache=False)
+    return {
         "vae_per_second": 1 / vae,
-        "encoded_per_second": size / encode,
-        "data_seconds": check + encode,
+        "encoded_per_second": len(pictures) / encode,
+        "data_seconds": data,
         "first_step_seconds": first - few[0],
-        "first_step_to_data": (first - few[0]) / (check + encode),
+        "first_step_to_data": (first - few[0]) / data,
         "again_seconds": again - few[0],
         "bytes_more": memory - few[1],
-        "seconds_per_draw": draw,
     }
 
 

@@ -109,6 +109,7 @@ class Data:
     """Settings of `sd-atoms bench data`."""
 
     sizes: str = setting("5,1000", WHAT, "comma-separated numbers of pictures")
+    check_only: bool = setting(False, WHAT, "without autoencoder and training")
     folder: str | None = setting(None, HOW, "where the rendered pictures stay for the next time; none = nowhere")
     common: Common = section(Common)
 
@@ -127,7 +128,7 @@ def run(settings: Step | Serve | Decompose | Sparse | Forms | Data) -> None:
         result = bench_sparse(settings.channels, settings.m, settings.l1, rounds, threads)
         text = sparse_text(result)
     elif isinstance(settings, Data):
-        result = bench_data(_numbers(settings.sizes), threads, settings.folder)
+        result = bench_data(_numbers(settings.sizes), threads, settings.folder, settings.check_only)
         text = data_text(result)
     elif isinstance(settings, Serve):
         arch, device = settings.architecture.arch, settings.device

@@ -10,11 +10,12 @@ import torch
 from accelerate.utils import set_seed
 
 from sd_atoms.commands.share import write_share_folder
+from sd_atoms.data.checked import usable
 from sd_atoms.data.concepts import Source, find_images, image_prompts
 from sd_atoms.data.config import Concept
 from sd_atoms.data.images import fit
 from sd_atoms.data.prompts import fill, load_templates
-from sd_atoms.data.records import image_record, usable
+from sd_atoms.data.records import image_record
 from sd_atoms.doctor import preflight
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures

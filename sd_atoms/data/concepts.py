@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sd_atoms.data.checked import usable
 from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.prompts import fill, load_templates
-from sd_atoms.data.records import ImageRecord, folder_images, table_images, usable
+from sd_atoms.data.records import ImageRecord, folder_images, table_images
 from sd_atoms.data.shards import find_shards, shard_images
 from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_path
@@ -28,7 +30,7 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
     Raises:
         UserError: a folder or data set cannot be used, or images in it cannot.
     """
-    sources, notes = [], []
+    sources, notes, cache = [], [], Path(data.cache_dir) if data.cache_dir else None
     for concept in concepts:
         place, ignored = image_place(data, concept), ()
         if data.dataset_name:
@@ -46,7 +48,7 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
             found, ignored = folder_images(packaged_path(place) or place, data.captions)
             if data.captions and found[0].caption is None:
                 raise UserError(f"captions: {place} holds neither NAME.txt files of its pictures nor metadata.jsonl")
-        found, left_out = usable(found, data.on_bad_image, accelerator)
+        found, left_out = usable(found, data.on_bad_image, accelerator, cache)
         notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
         sources.append(Source(concept, found))
     return sources, notes

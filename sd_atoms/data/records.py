@@ -2,19 +2,17 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
 from sd_atoms.data.images import ignored_notes, read_image, scan_folder
 from sd_atoms.errors import UserError
-from sd_atoms.machine import read_ahead, shared_work
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
 
@@ -132,45 +130,6 @@ def table_images(
         name = f"{label} row {row}"
         pictures.append(ImageRecord(name, caption, partial(_row_content, images, row, name)))
     return pictures
-
-
-def usable(
-    pictures: Sequence[ImageRecord], on_bad_image: str, accelerator=None
-) -> tuple[list[ImageRecord], tuple[str, ...]]:
-    """Reads every picture once, so that no long run stops at the last one, and keeps what is to be seen of it.
-
-    Args:
-        pictures: what to read.
-        on_bad_image: "error", or "skip" to leave out those that cannot be read.
-        accelerator: its processes share the work; all must call it.
-
-    Returns:
-        The pictures that can be read, with their stats, and one line on each that was left out.
-
-    Raises:
-        UserError: all that cannot be read at once, if that is an error or no other picture is left.
-    """
-
-    def look(picture: ImageRecord) -> ImageStats | str:
-        try:
-            return image_stats(picture)
-        except UserError as error:
-            return str(error)
-
-    def look_at(share: Sequence[ImageRecord]) -> list[ImageStats | str]:
-        bar = dict(desc="Checking images", unit="image", delay=2, leave=False, disable=None)
-        return list(tqdm(read_ahead(look, share), total=len(share), **bar))
-
-    found = shared_work(look_at, pictures, accelerator)
-    problems = tuple(stats for stats in found if isinstance(stats, str))
-    good = [
-        replace(picture, stats=stats)
-        for picture, stats in zip(pictures, found, strict=True)
-        if isinstance(stats, ImageStats)
-    ]
-    if on_bad_image == "error" or not good:
-        refuse(problems, f"{len(problems)} of {len(pictures)} images cannot be used:")
-    return good, problems
 
 
 def _load(name: str, config: str | None, split: str, revision: str | None):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_atoms.data.records import ImageRecord, folder_images, image_record, image_stats, table_images, usable
+from sd_atoms.data import records
+from sd_atoms.data.checked import usable
+from sd_atoms.data.records import ImageRecord, folder_images, image_record, image_stats, table_images
 from sd_atoms.errors import UserError
 
 
@@ -333,3 +335,29 @@ def test_the_order_of_pictures_is_kept_and_each_is_read_once():
     assert [record.digest() for record in good] == [hashlib.sha256(content(n)).hexdigest() for n in range(50)]
     assert sorted(reads) == sorted([*range(50)] * 2)  # once by the check, once by this test
     assert notes == ()
+
+
+def test_what_was_checked_is_not_decoded_again(tmp_path, monkeypatch):
+    pictures = folder_images(_folder_of(tmp_path / "p", _lying_on_its_side(), _bytes(_noise(40, 32)), _grey()), False)[
+        0
+    ]
+    first, _ = usable(pictures, "error", cache=tmp_path / "cache")
+    monkeypatch.setattr(records, "read_image", None)
+    again, _ = usable(pictures[::-1], "error", cache=tmp_path / "cache")
+    assert [picture.stats for picture in again] == [picture.stats for picture in first[::-1]]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    monkeypatch.undo()
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:30])
+    assert usable(pictures, "error", cache=tmp_path / "cache")[0] == first
+
+
+def _folder_of(folder, *contents):
+    folder.mkdir()
+    for number, content in enumerate(contents):
+        (folder / f"{number}.png").write_bytes(content)
+    return folder
+
+
+def _grey():
+    return _bytes(Image.new("RGB", (32, 32), (90, 90, 90)))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny import one_core, write_photos, write_tiny_base
 
 from sd_atoms.cli import train_main
+from sd_atoms.data.checked import usable
 from sd_atoms.data.config import DataSettings
-from sd_atoms.data.records import folder_images, usable
+from sd_atoms.data.records import folder_images
 from sd_atoms.pipeline import open_base
 from sd_atoms.training import examples, latents
 from sd_atoms.training.examples import Cropping, prompt_states, tokenize

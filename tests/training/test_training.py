@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sd_atoms.cli import train_main
+from sd_atoms.data.checked import usable
 from sd_atoms.data.concepts import Source
 from sd_atoms.data.config import Concept, DataSettings
-from sd_atoms.data.records import folder_images, usable
+from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import load_atoms
