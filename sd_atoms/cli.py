@@ -16,7 +16,18 @@ from collections.abc import Callable, Sequence
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
 
-COMMANDS = ("train", "doctor", "generate", "drift", "sweep", "inspect", "share", "bench", "pretrain-pocket")
+COMMANDS = (
+    "train",
+    "doctor",
+    "generate",
+    "evaluate",
+    "drift",
+    "sweep",
+    "inspect",
+    "share",
+    "bench",
+    "pretrain-pocket",
+)
 BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
 CONFIGURED = ("train", "doctor", "generate", "drift")  # take a YAML file of settings
 

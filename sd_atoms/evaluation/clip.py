@@ -44,3 +44,7 @@ class ClipFeatures:
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
         pooled = self.model.text_model(**inputs).pooler_output
         return F.normalize(self.model.text_projection(pooled).float().cpu(), dim=-1)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text is beyond the model's length; its end token stays, the words before it go."""
+        return len(self.tokenizer(text).input_ids) > self.tokenizer.model_max_length

@@ -1,0 +1,56 @@
+"""Bootstrap intervals: how far a figure would move with other images of the same kind (95 %, percentiles)."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of n images with its interval; `low` and `high` are None where there is none."""
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+    def entries(self) -> dict[str, float | int | None]:
+        """The same for JSON."""
+        return asdict(self)
+
+
+def mean_figure(values: torch.Tensor, draws: int, seed: int) -> Figure:
+    """The mean of a value per image (N,), and its interval."""
+    values = values.double()
+    weights = counts(len(values), draws, seed)  # (N, B)
+    return figure(values.mean().item(), len(values), values @ weights / len(values))
+
+
+def drawn_figure(function: Callable[[torch.Tensor], float], n: int, draws: int, seed: int) -> Figure:
+    """A figure that is a function of which images there are, given as numbers (N,) of images."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [function(torch.randint(n, (n,), generator=generator)) for _ in range(draws if n > 1 else 0)]
+    return figure(function(torch.arange(n)), n, torch.tensor(found, dtype=torch.float64))
+
+
+def counts(n: int, draws: int, seed: int) -> torch.Tensor:
+    """(n, draws), float64: how often each of n images comes in each draw of n with replacement."""
+    if n < 2:
+        return torch.zeros(n, 0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(n, (draws, n), generator=generator)
+    found = torch.zeros(draws, n, dtype=torch.float64)
+    return found.scatter_add_(1, numbers, torch.ones(draws, n, dtype=torch.float64)).T.contiguous()
+
+
+def figure(value: float, n: int, drawn: torch.Tensor) -> Figure:
+    """A value with the interval of its draws (B,)."""
+    drawn = drawn[drawn.isfinite()]
+    if len(drawn) < 2:
+        return Figure(value, n)
+    tail = (1 - SHARE) / 2
+    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Figure(value, n, low, high)
