@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sd_atoms.data.prompts import load_prompts, parse_seeds
+from sd_atoms.data.prompts import check_lengths, load_prompts, parse_seeds
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.metrics import drift
 from sd_atoms.files import write_json
@@ -88,6 +88,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
     pipe = open_base(base, device=accelerator.device)
     check_drawn_size(pipe, sampling.resolution)
     load_adapter(pipe, artefact)
+    check_lengths(pipe.tokenizer, prompts)
     values = drift_by_prompt(pipe, prompts, numbers, sampling, features, accelerator)
     values = on_main(accelerator, lambda: values)
     return {

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd_atoms.data.prompts import fill, load_templates, parse_seeds
+from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 from sd_atoms.generation import Request, generate_missing, making_notes, read_images
@@ -85,6 +85,7 @@ def run(config: Settings) -> Path:
     for part in (pipe.unet, pipe.text_encoder):
         set_adapters(part, ["default"], [config.adapter_scale])
     requests = _requests(templates, token, seeds, "")
+    check_lengths(pipe.tokenizer, [request.prompt for request in requests])
     notes = making_notes(Path(config.adapter).name, base) | {
         "adapter_digest": artefact.digest(),
         "adapter_scale": str(config.adapter_scale),

@@ -197,7 +197,7 @@ def test_captions_that_are_asked_for_and_not_there_are_an_error(tmp_path, capsys
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "captions": True, "output_dir": str(tmp_path / "run")}))
     assert train_main(["--config", str(path)]) == 2
-    assert "captions: pocket:castle holds neither NAME.txt files" in capsys.readouterr().err
+    assert "captions: pocket:castle holds neither NAME.txt or NAME.caption files" in capsys.readouterr().err
 
 
 def test_a_table_of_datasets_trains_as_a_folder_does(tmp_path):
