@@ -94,6 +94,9 @@ def _underscored(word: str) -> str:
 
 
 def _run(job: Callable[[], None]) -> int:
+    from sd_atoms.training.interrupt import follow_launcher
+
+    follow_launcher()
     warnings.showwarning = _show_warning
     import diffusers
     import transformers

@@ -34,7 +34,7 @@ from sd_atoms.report.run import concept_grid, learning_curve, summary_text
 from sd_atoms.settings import launcher_notes, replaced
 from sd_atoms.training.class_images import class_image_paths
 from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
-from sd_atoms.training.dataset import class_prompts, make_dataset
+from sd_atoms.training.dataset import class_prompts, data_digests, make_dataset
 from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diffusion
 from sd_atoms.training.examples import Cropping
 from sd_atoms.training.latents import remove_scratch
@@ -47,6 +47,7 @@ from sd_atoms.training.run_folder import (
     LATENTS,
     LOG,
     METRICS,
+    check_data,
     check_output,
     is_first_start,
     open_run,
@@ -102,6 +103,7 @@ def run(config: TrainConfig) -> Path:
     sampling = dataclasses.replace(config.images.sampling, resolution=config.data.resolution)
     if config.prior.prior == "images":
         sources = [with_class_images(config, pipe, accelerator, source, sampling) for source in sources]
+    notes += on_main(accelerator, lambda: check_data(config.output, data_digests(sources, config.prior)))
     add_adapters(pipe, config)
     how = Cropping(config.data, config.data.resolution, training_unit_px(pipe), seed)
     scratch = folder / LATENTS

@@ -17,12 +17,12 @@ _AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
 def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     """Reads the captions of `paths`, all directly inside `folder`; empty if there are no caption files.
 
-    The caption of a.png is the text of a.txt (or .TXT, or a.caption), or stands in metadata.jsonl: one JSON object per line with `file_name`
-    and one of `text`, `caption` and `prompt`. Pictures of one stem share a text file.
+    The caption of a.png is the text of a.txt (.TXT, .caption), or stands in metadata.jsonl: one JSON object per line
+    with `file_name` and one of `text`, `caption` and `prompt`. Pictures of one stem share a text file.
 
     Raises:
         UserError: everything that is wrong: files that are not UTF-8 or not JSON, entries without a picture or a
-            caption, pictures with two captions (in two files too), with an empty one, or with none while others have some.
+            caption, pictures with two captions or text files, with an empty one, or with none while others have some.
     """
     captions, problems, complete = _entries(folder / METADATA, paths)
     for path, files in _beside(folder, paths).items():

@@ -1,7 +1,6 @@
 """Training pictures from a folder or a table of `datasets`: what they are called, their captions, how to read them."""
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
-from sd_atoms.data.images import ignored_notes, read_image, scan_folder
+from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
 from sd_atoms.errors import UserError
 from sd_atoms.machine import read_ahead, shared_work
 
@@ -65,7 +64,7 @@ def image_stats(record: ImageRecord) -> ImageStats:
     """Reads and decodes an image once; raises as `read_image` does."""
     content = record.content()
     image = read_image(content, record.name)
-    with Image.open(io.BytesIO(content)) as file:
+    with open_image(content) as file:
         orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
     grey = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel()
     cells = np.packbits(grey > grey.mean()).tobytes() if np.ptp(grey) > 8 else None

@@ -29,6 +29,7 @@ class Progress:
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # what is saved, at the lowest validation loss
     best_loss: float = math.inf
     best_step: int = 0
+    data: dict[str, str] = field(default_factory=dict)  # what is learned from: its name -> digest of its content
 
 
 def save_checkpoint(
@@ -45,6 +46,7 @@ def save_checkpoint(
         "step": str(progress.step),
         "best": json.dumps([progress.best_loss, progress.best_step]),
         "scaler": json.dumps(scaler.state_dict() if scaler is not None else {}),
+        "data": json.dumps(progress.data),
         "groups": json.dumps([_numbers(group) for group in state["param_groups"]]),
     }
     path = folder / f"checkpoint-{progress.step}.safetensors"
@@ -67,10 +69,11 @@ def read_header(path: Path) -> tuple[Progress, list[dict], dict]:
             metadata = file.metadata() or {}
         step, scaler_state = int(metadata["step"]), dict(json.loads(metadata["scaler"]))
         (best_loss, best_step), groups = json.loads(metadata["best"]), json.loads(metadata["groups"])
-        groups = [dict(group) for group in groups]
+        groups, data = [dict(group) for group in groups], dict(json.loads(metadata.get("data", "{}")))
         if step < 0 or not all(isinstance(value, (int, float)) for group in groups for value in group.values()):
             raise ValueError("a number in its header is none")
-        return Progress(step, best_loss=float(best_loss), best_step=int(best_step)), groups, scaler_state
+        progress = Progress(step, best_loss=float(best_loss), best_step=int(best_step), data=data)
+        return progress, groups, scaler_state
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
 

@@ -235,6 +235,7 @@ class OutputSettings:
     output_dir: str = setting("runs/atoms", RUN, "run folder")
     overwrite: bool = setting(False, RUN, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = setting(None, RUN, "a checkpoint file of this run, or latest")
+    strict_resume: bool = setting(False, RUN, "refuse to go on where pictures or prompts changed, not only warn")
     checkpointing_steps: int = setting(100, RUN, "optimiser steps between checkpoints", low=1)
     checkpoints_total_limit: int | None = setting(None, RUN, "how many checkpoints stay; none = all", low=1)
     report_to: str = setting("tensorboard", MACHINE, "curves beside log.jsonl", choices=("tensorboard", "none"))

@@ -180,6 +180,7 @@ def train_diffusion(
         validation=config.validation,
         output=config.output,
         hooks=Hooks(begin, loss_to_compare, show),
+        data=dataset.digests,
     )
 
     # the pipeline as it was, plus what was learned

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,7 @@ def run_steps(
     validation: ValidationSettings,
     output: OutputSettings,
     hooks: Hooks,
+    data: Mapping[str, str],
 ) -> Progress:
     """Trains what requires gradients in a network, and leaves the values that are kept in it.
 
@@ -61,6 +62,7 @@ def run_steps(
         examples: how many samples make an epoch.
         loop, optimiser, validation, output: settings.
         hooks: what else is done on the way.
+        data: digests of what is learned from, for the checkpoints.
 
     Returns:
         How far the run has come; `best_step` says whose values are kept, if not the last one's.
@@ -85,6 +87,7 @@ def run_steps(
         progress = load_checkpoint(checkpoint, parameters, optimizer, accelerator.scaler)
         if bool(progress.mean) != bool(optimiser.ema_decay):
             raise UserError(f"{checkpoint}: belongs to a run with another ema_decay")
+    progress.data = dict(data)
     hooks.begin()
     if checkpoint is not None:
         if main:

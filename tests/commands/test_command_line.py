@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -139,8 +140,22 @@ def test_generation_stops_and_continues_and_says_how_pictures_were_made(trained,
     (out / "prompt01-seed3.png").unlink()
     assert main(words) == 0
     assert (kept.stat().st_mtime_ns, (out / "prompt01-seed3.png").read_bytes()) == before
+    assert main([*words[:-3], "--out", str(out), "--seeds", "3"]) == 0  # another grid of the same pictures
     assert main([*words, "--guidance_scale", "5"]) == 2
     assert "exists with guidance_scale='3.0', asked is '5.0'; pass --overwrite" in capsys.readouterr().err
+
+
+def test_a_grid_that_generate_did_not_make_is_not_replaced(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("photo of a {}.\n")
+    words = ["generate", "--adapter", str(trained / "adapter"), "--prompts", str(tmp_path / "t.txt"), "--seeds", "0"]
+    own = tmp_path / "o" / "grid.png"
+    own.parent.mkdir()
+    own.write_bytes((trained / "images" / "grid.png").read_bytes())
+    assert main([*words, "--out", str(own.parent)]) == 2
+    assert f"error: {own}: exists and is no grid" in capsys.readouterr().err
+    assert list(own.parent.iterdir()) == [own]
+    assert own.read_bytes() == (trained / "images" / "grid.png").read_bytes()
+    assert main([*words, "--out", str(own.parent), "--overwrite"]) == 0
 
 
 def test_a_token_in_place_of_the_adapters_own_must_make_sense(trained, tmp_path, capsys):
@@ -217,6 +232,34 @@ def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_
     assert train_main(["--config", stopped, "--resume_from_checkpoint", "latest", "--max_train_steps", "21"]) == 0
     assert not same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
     assert (tmp_path / "run" / "images" / "instance-00.png").read_bytes() != before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the launcher", "the whole group"])
+def test_sigterm_to_accelerate_launch_saves_a_checkpoint_and_leaves_no_process(tmp_path, whom):
+    config = write(tmp_path, max_train_steps=500, num_instance_images=1, checkpointing_steps=1000)
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_dreambooth_atoms.py"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launch, "--config", config],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    if whom == "the launcher":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    child.wait(timeout=60)
+    steps = log.read_text().count("\n")
+    assert steps < 500
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"checkpoint-{steps}.safetensors"]
 
 
 @pytest.mark.slow

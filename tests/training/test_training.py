@@ -557,6 +557,21 @@ def test_latest_without_a_checkpoint_begins_at_the_start(tmp_path, capsys):
     assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 0
 
 
+def test_data_that_changed_since_the_checkpoint_are_named_and_refused_if_asked_for(tmp_path, capsys):
+    folder = photos(tmp_path / "photos", [(128, 128)] * 3)
+    first = run(tmp_path / "run", instance_data_dir=str(folder))
+    words = ["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    shutil.copy(folder / "0.png", folder / "1.png")
+    (folder / "2.png").rename(folder / "3.png")
+    assert train_main([*words, "--strict_resume"]) == 2
+    told = "new: 3.png of <castle>; gone: 2.png of <castle>; changed: 1.png of <castle>"
+    assert f"checkpoint-2.safetensors learned from other data; {told};" in capsys.readouterr().err
+    assert len(log(first)) == 2
+    assert train_main(words) == 0
+    assert f"learned from other data; {told}" in capsys.readouterr().out
+    assert train_main([*words, "--strict_resume", "--max_train_steps", "4"]) == 0  # the same as its last checkpoint
+
+
 def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path, capsys):
     whole = run(tmp_path / "run", checkpointing_steps=1, max_train_steps=3)
     words = [
