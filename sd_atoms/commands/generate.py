@@ -9,12 +9,13 @@ from sd_atoms.errors import UserError
 from sd_atoms.generation import Request, generate_missing, image_notes, making_notes, read_images, save_image
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off, set_adapters
-from sd_atoms.pipeline import DTYPES, load_adapter, open_base, read_artefact
+from sd_atoms.pipeline import DTYPES, load_adapter, open_base
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.sampling import SCHEDULERS
 from sd_atoms.pipeline.sizes import check_drawn_size
 from sd_atoms.report.grid import image_grid
 from sd_atoms.settings import setting
+from sd_atoms.training.adapter import open_adapter
 
 GRID, GRID_NOTE = "grid.png", "grid of"
 MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
@@ -24,7 +25,9 @@ MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
 class Settings:
     """Settings of `sd-atoms generate`. What is left out comes from the adapter's own header."""
 
-    adapter: str = setting(None, MODEL, "adapter folder, one .safetensors file, or hub id", required=True)
+    adapter: str = setting(
+        None, MODEL, "run or adapter folder, one .safetensors file, a run's checkpoint, or hub id", required=True
+    )
     adapter_scale: float = setting(1.0, MODEL, "strength of the adapter")
     pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
     revision: str | None = setting(None, MODEL, "git revision of the base")
@@ -56,7 +59,7 @@ def run(config: Settings) -> Path:
         UserError: something in the settings is wrong, or the folder holds other pictures of the same names.
     """
     templates, seeds = load_templates(config.prompts), parse_seeds(config.seeds)
-    artefact = read_artefact(config.adapter)
+    artefact = open_adapter(config.adapter, config.pretrained_model_name_or_path)
     header = parse_header(config.adapter, artefact.about)
     base = find_base(config.pretrained_model_name_or_path, config.adapter, header)
     token = config.token or next(iter(artefact.tokens), None)

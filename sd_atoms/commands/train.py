@@ -24,7 +24,6 @@ from sd_atoms.generation import Request, generate, generate_missing, making_note
 from sd_atoms.machine import make_accelerator, on_main, precision_here
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import open_base, save_adapter
-from sd_atoms.pipeline.header import Header
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
@@ -32,6 +31,7 @@ from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.run import concept_grid, learning_curve, summary_text
 from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.training.adapter import header
 from sd_atoms.training.class_images import class_image_paths
 from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
 from sd_atoms.training.dataset import class_prompts, data_digests, make_dataset
@@ -130,7 +130,14 @@ def run(config: TrainConfig) -> Path:
         remove_scratch(scratch)
 
     # Save
-    about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
+    about = header(
+        config,
+        pictures=sum(len(source.images) for source in sources),
+        steps=outcome.steps,
+        pictures_per_step=config.loop.train_batch_size
+        * config.loop.gradient_accumulation_steps
+        * accelerator.num_processes,
+    ).entries()
     if accelerator.is_main_process:
         for place in (folder / ADAPTER, folder / f"{name}.safetensors"):
             save_adapter(pipe, place, tokens=outcome.rows or config.tokens, about=about)
@@ -253,29 +260,6 @@ def image_sets(
         kind: [Request(prompt, seed, f"{before}{kind}-{seed:02d}") for seed, prompt in enumerate(texts)]
         for kind, texts in prompts.items()
     }
-
-
-def header(config: TrainConfig, outcome: Outcome, processes: int, images: int) -> Header:
-    """What the adapter's file says of its making."""
-    loop = config.loop
-    return Header(
-        method=outcome.method,
-        base=config.base.pretrained_model_name_or_path,
-        tokens={
-            token: word
-            for concept in config.all_concepts
-            for token, word in zip(concept.tokens, concept.initializers, strict=True)
-        },
-        instance_prompt=config.all_concepts[0].instance_prompt,
-        sampling=dataclasses.replace(config.images.sampling, resolution=config.data.resolution),
-        training={
-            "pictures": images,
-            "steps": outcome.steps,
-            "pictures_per_step": loop.train_batch_size * loop.gradient_accumulation_steps * processes,
-            "learning_rate": config.optimiser.learning_rate,
-            "seed": loop.seed,
-        },
-    )
 
 
 def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampling, folder: Path, step: int) -> None:

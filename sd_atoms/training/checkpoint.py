@@ -15,6 +15,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+KINDS = ("parameter", "mean", "best")
 # what optimisers keep of each parameter beside a count, two tensors of its shape, and their types; there may be more
 MOMENTS = (({"exp_avg", "exp_avg_sq"}, {torch.float32}), ({"state1", "state2"}, {torch.float32, torch.uint8}))
 COUNTS = (torch.float32, torch.int64)
@@ -85,19 +86,12 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
         UserError: the file is corrupt or belongs to another run.
     """
     progress, groups, scaler_state = read_header(path)
+    tensors = _tensors(path, parameters)
     try:
-        tensors = load_file(path)
         moments = _moments(tensors)
-    except (SafetensorError, OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]}); resume an earlier one")
-    saved, mean, best = (_of_kind(tensors, kind) for kind in ("parameter", "mean", "best"))
-    shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
-    for values in (saved, mean or saved, best or saved):
-        if {name: (value.shape, value.dtype) for name, value in values.items()} != shapes:
-            raise UserError(f"{path}: belongs to a run with other trained parameters")
+    saved, mean, best = (_of_kind(tensors, kind) for kind in KINDS)
     state = optimizer.state_dict()
     if len(groups) != len(state["param_groups"]):
         raise UserError(f"{path}: belongs to a run with other groups of parameters")
@@ -116,6 +110,34 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
     device = next(iter(parameters.values())).device
     progress.mean, progress.best = ({name: v.to(device) for name, v in values.items()} for values in (mean, best))
     return progress
+
+
+def kept_values(path: Path, parameters: dict[str, nn.Parameter]) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step of a checkpoint, and the values that the run would save if it ended there.
+
+    Raises:
+        UserError: the file is corrupt or belongs to another run.
+    """
+    progress, _, _ = read_header(path)
+    saved, mean, best = (_of_kind(_tensors(path, parameters), kind) for kind in KINDS)
+    return progress.step, best or mean or saved
+
+
+def _tensors(path: Path, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of these parameters."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]}); resume an earlier one")
+    saved, mean, best = (_of_kind(tensors, kind) for kind in KINDS)
+    shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+    for values in (saved, mean or saved, best or saved):
+        if {name: (value.shape, value.dtype) for name, value in values.items()} != shapes:
+            raise UserError(f"{path}: belongs to a run with other trained parameters")
+    return tensors
 
 
 def _moments(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from sd_atoms.cli import main, train_main
 from sd_atoms.generation import image_notes
+from sd_atoms.pipeline import read_artefact
 from sd_atoms.sources import packaged_path
+from sd_atoms.training.adapter import open_adapter
 
 SMALL = dict(
     **CASTLE,
@@ -143,6 +145,21 @@ def test_generation_stops_and_continues_and_says_how_pictures_were_made(trained,
     assert main([*words[:-3], "--out", str(out), "--seeds", "3"]) == 0  # another grid of the same pictures
     assert main([*words, "--guidance_scale", "5"]) == 2
     assert "exists with guidance_scale='3.0', asked is '5.0'; pass --overwrite" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_the_adapter_of_its_step(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("photo of a {}.\n")
+    checkpoints = trained / "checkpoints"
+    last, earlier = (open_adapter(str(path)) for path in (checkpoints, checkpoints / "checkpoint-2.safetensors"))
+    ours = read_artefact(trained / "adapter")
+    assert last.digest() == ours.digest() != earlier.digest()
+    assert last.about["tokens"] == ours.about["tokens"]
+    words = ["generate", "--prompts", str(tmp_path / "t.txt"), "--seeds", "0", "--out", str(tmp_path / "o")]
+    assert main([*words, "--adapter", str(checkpoints / "checkpoint-2.safetensors")]) == 0
+    assert image_notes(tmp_path / "o" / "prompt00-seed0.png")["adapter_digest"] == earlier.digest()
+    (tmp_path / "checkpoint-2.safetensors").write_bytes((checkpoints / "checkpoint-2.safetensors").read_bytes())
+    assert main([*words, "--adapter", str(tmp_path / "checkpoint-2.safetensors")]) == 2
+    assert "is read with the config.yaml of its run" in capsys.readouterr().err
 
 
 def test_a_grid_that_generate_did_not_make_is_not_replaced(trained, tmp_path, capsys):
