@@ -24,7 +24,7 @@ from sd_atoms.generation import Request, generate, generate_missing, making_note
 from sd_atoms.machine import make_accelerator, on_main, precision_here
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import open_base, save_adapter
-from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
+from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.pipeline.tokens import check_new_token
@@ -53,6 +53,7 @@ from sd_atoms.training.run_folder import (
     open_run,
     read_log,
 )
+from sd_atoms.training.tracking import start_trackers, track_images, trackers_of
 
 Settings = TrainConfig
 MOST_SCORED = 100  # training images that scores and the grid compare with
@@ -70,17 +71,20 @@ def run(config: TrainConfig) -> Path:
     folder, name = Path(config.output.output_dir), run_name(config)
     base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
     check_names([concept_name(concept, folder) for concept in concepts])
+    trackers = trackers_of(config.output.report_to)
     accelerator = make_accelerator(
         mixed_precision=config.precision.mixed_precision,
         gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
-        logging_dir=folder / CURVES if config.output.report_to == "tensorboard" else None,
+        logging_dir=folder / CURVES,
+        log_with=trackers,
     )
     notes = []
     if on_main(accelerator, lambda: is_first_start(config.output)):
         config = replaced(config, resume_from_checkpoint=None, overwrite=True)
         notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
     on_main(accelerator, lambda: check_output(config))
-    repo_id = on_main(accelerator, lambda: hub_id(config.hub, folder)) if config.hub.push_to_hub else None
+    if config.hub.push_to_hub:
+        on_main(accelerator, lambda: check_hub(config.hub, folder))
     sources, found = find_images(config.data, concepts, accelerator)
     notes += found
     templates = load_templates(config.images.prompts_file) if config.images.prompts_file else []
@@ -118,8 +122,8 @@ def run(config: TrainConfig) -> Path:
             for note in [*launcher_notes(config), *notes]:
                 print(note)
         accelerator.wait_for_everyone()
-        if config.output.report_to == "tensorboard":
-            accelerator.init_trackers("")
+        if trackers:
+            start_trackers(accelerator, folder / CURVES, folder.resolve().name)
 
     def show(step: int):
         show_validation(config.validation.validation_prompt, config.validation.num_validation_images, pipe,
@@ -154,7 +158,7 @@ def run(config: TrainConfig) -> Path:
 
     # Report
     if accelerator.is_main_process:
-        report(config, folder, sources, sets, scorer, outcome, repo_id)
+        report(config, folder, sources, sets, scorer, outcome)
     accelerator.end_training()
     return folder
 
@@ -166,7 +170,6 @@ def report(
     sets: Sequence[dict[str, list[Request]]],
     scorer: ClipFeatures | None,
     outcome: Outcome,
-    repo_id: str | None,
 ) -> None:
     """Grids, scores, metrics.json and a summary, from the images in a run folder."""
     scores, grids = {}, []
@@ -192,13 +195,24 @@ def report(
     write_json(folder / METRICS, metrics)
     adapter = folder / f"{run_name(config)}.safetensors"
     print(summary_text(metrics, " ".join(config.tokens), adapter, grids[0], next_steps(config, adapter)))
-    if repo_id is not None:
+    if config.hub.push_to_hub:
+        repo_id = config.hub.hub_model_id or own_repo_id(folder)
         print(f"Shared at {push(write_share_folder(folder, repo_id), repo_id, config.hub.hub_private_repo)}")
 
 
-def hub_id(hub: HubSettings, folder: Path) -> str:
-    """Where the adapter is to be uploaded; asked before hours of training, not after them."""
-    return check_repo_id(hub.hub_model_id) if hub.hub_model_id else own_repo_id(folder)
+def check_hub(hub: HubSettings, folder: Path) -> None:
+    """Whether the adapter can be uploaded at the end: the id, the login and its rights.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if hub.hub_model_id:
+        check_repo_id(hub.hub_model_id)
+    names = who_may_push()
+    if names and hub.hub_model_id is None:
+        own_repo_id(folder)
+    elif names and hub.hub_model_id.split("/")[0] not in names:
+        raise UserError(f"hub_model_id: {hub.hub_model_id!r} is not of those that are logged in: {', '.join(names)}")
 
 
 def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sampling: Sampling) -> Source:
@@ -271,6 +285,7 @@ def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampli
             [row], column_labels=[f"seed {seed}" for seed in range(count)], title=f"step {step}: {prompt}"
         )
         save_image(folder / f"validation-{step:06d}.png", grid, {"prompt": prompt, "step": step})
+        track_images(accelerator, "validation", row, step)
 
 
 def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
@@ -278,7 +293,7 @@ def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
     concept = config.all_concepts[0].word or config.all_concepts[0].instance_prompt
     words = ["sd-atoms", "generate", "--adapter", str(adapter), "--prompts", "few_shot", "--seeds", "0-3"]
     commands = [shlex.join([*words, "--out", str(adapter.parent / "more")])]
-    if config.output.report_to == "tensorboard":
+    if "tensorboard" in trackers_of(config.output.report_to):
         commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))
     load = "load_atoms" if config.method.chosen().name == "atoms" else "load_adapter"
     code = (

@@ -238,7 +238,11 @@ class OutputSettings:
     strict_resume: bool = setting(False, RUN, "refuse to go on where pictures or prompts changed, not only warn")
     checkpointing_steps: int = setting(100, RUN, "optimiser steps between checkpoints", low=1)
     checkpoints_total_limit: int | None = setting(None, RUN, "how many checkpoints stay; none = all", low=1)
-    report_to: str = setting("tensorboard", MACHINE, "curves beside log.jsonl", choices=("tensorboard", "none"))
+    report_to: str = setting(
+        "tensorboard",
+        MACHINE,
+        "curves and validation pictures: trackers such as tensorboard,wandb, all installed, or none",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The commands as people type them."""
 
+import contextlib
 import errno
 import io
 import json
@@ -17,6 +18,7 @@ import yaml
 from helpers import CASTLE
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_atoms.cli import main, train_main
 from sd_atoms.generation import image_notes
@@ -87,7 +89,10 @@ def test_a_run_folder_is_complete(trained):
         "checkpoint-3.safetensors",
     }
     assert (trained / "images" / "validation-000002.png").exists()
-    assert any("tfevents" in path.name for path in (trained / "logs").rglob("*"))
+    (events,) = (trained / "logs").rglob("*tfevents*")
+    shown = EventAccumulator(str(events), {"images": 0}).Reload()
+    assert {"loss", "learning_rate"} <= set(shown.Tags()["scalars"])
+    assert shown.Tags()["images"] == ["validation"]
     assert not [path for path in trained.rglob(".*") if path.is_file()]  # no temporary file stays
 
 
@@ -420,6 +425,33 @@ def test_a_bad_adapter_is_one_line_and_exit_code_2(tmp_path, capsys, kind):
     assert str(adapter) in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("words", [["train", "--help"], ["doctor", "--help"], ["sweep", "--help"], ["inspect"]])
+def test_every_sign_is_printed_or_has_a_plain_substitute(trained, monkeypatch, words, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with contextlib.suppress(SystemExit):  # --help ends by it
+        assert main([*words, str(trained)] if words == ["inspect"] else words) == 0
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert "?" not in text
+    assert ("of beta" if words[0] == "train" else "|dF|" if words[0] == "inspect" else "...") in text or (
+        encoding == "cp1252" and "…" in text
+    )
+
+
+@pytest.mark.parametrize("top", ["1", "0"])
+def test_a_reader_that_leaves_early_is_no_error(trained, monkeypatch, capsys, top):
+    """sd-atoms inspect … | head -1"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["inspect", str(trained), "--top", top]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_help_lists_every_setting(capsys):
