@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
 from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
 from sd_atoms.errors import UserError
 from sd_atoms.machine import read_ahead, shared_work
+from sd_atoms.progress import progress_bar
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
 
@@ -157,8 +157,12 @@ def usable(
             return str(error)
 
     def look_at(share: Sequence[ImageRecord]) -> list[ImageStats | str]:
-        bar = dict(desc="Checking images", unit="image", delay=2, leave=False, disable=None)
-        return list(tqdm(read_ahead(look, share), total=len(share), **bar))
+        found = []
+        with progress_bar(len(share), "Checking images", "image", delay=2, leave=False) as bar:
+            for stats in read_ahead(look, share):
+                found.append(stats)
+                bar.update()
+        return found
 
     found = shared_work(look_at, pictures, accelerator)
     problems = tuple(stats for stats in found if isinstance(stats, str))

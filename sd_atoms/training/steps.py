@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from sd_atoms.errors import UserError
+from sd_atoms.progress import progress_bar
 from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, set_aside_later
 from sd_atoms.training.config import LoopSettings, OptimiserSettings, OutputSettings, ValidationSettings
 from sd_atoms.training.interrupt import Interrupted, listening
@@ -101,7 +101,7 @@ def run_steps(
     earlier = read_log(folder / LOG)
     started = time.perf_counter() - (earlier[-1]["seconds"] if earlier else 0.0)
     first_step = progress.step
-    bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", disable=None if main else True)
+    bar = progress_bar(total_steps, "Training", "step", first_step, main)
     with listening() as stop, bar, open(folder / LOG if main else os.devnull, "a", encoding="utf-8") as log:
         for step in range(first_step, total_steps):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
