@@ -152,6 +152,14 @@ def test_generation_stops_and_continues_and_says_how_pictures_were_made(trained,
     assert "exists with guidance_scale='3.0', asked is '5.0'; pass --overwrite" in capsys.readouterr().err
 
 
+def test_a_prompt_that_loses_its_placeholder_is_not_drawn(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("a house " * 40 + "by a {}\n")
+    words = ["generate", "--adapter", str(trained), "--prompts", str(tmp_path / "t.txt"), "--out", str(tmp_path / "o")]
+    assert main(words) == 2
+    assert "tokens, of 77 that are read: lost from 'house a" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_checkpoint_is_the_adapter_of_its_step(trained, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("photo of a {}.\n")
     checkpoints = trained / "checkpoints"
