@@ -128,6 +128,11 @@ def _run(job: Callable[[], None]) -> int:
         else:
             raise
         return 2
+    except UnicodeEncodeError as error:  # the name of a file, under a locale such as C
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        _say(f"error: {error.object!r}: the locale ({error.encoding}) can name no such file; set PYTHONUTF8=1")
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,6 +1,7 @@
 """Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."""
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -237,7 +238,16 @@ def concept_name(concept: Concept, folder: Path) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses concepts whose files would have one name, also where the disk knows no upper case."""
+    """Refuses concepts whose files would have one name, also where the disk knows no upper case, or none that this
+    locale can spell."""
+    for name in names:
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"placeholder_token: the locale ({error.encoding}) can name no file {name!r}; set PYTHONUTF8=1, or "
+                "choose plain letters"
+            ) from error
     if len({name.lower() for name in names}) < len(names):
         listed = ", ".join(names)
         raise UserError(

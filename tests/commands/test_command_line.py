@@ -451,6 +451,20 @@ def test_every_sign_is_printed_or_has_a_plain_substitute(trained, monkeypatch, w
     )
 
 
+@pytest.mark.slow
+def test_a_locale_that_can_name_no_such_file_is_one_line_at_the_start(tmp_path):
+    settings = dict(placeholder_token="<été>", instance_prompt="an <été>", output_dir=str(tmp_path / "run"))
+    environment = dict(os.environ, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C", PYTHONPATH=os.getcwd())
+    run = subprocess.run(
+        [sys.executable, "-m", "sd_atoms", "train", "--config", write(tmp_path, **settings)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: placeholder_token: the locale (ascii) can name no file 'ete'")
+    assert len(run.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("top", ["1", "0"])
 def test_a_reader_that_leaves_early_is_no_error(trained, monkeypatch, capsys, top):
     """sd-atoms inspect … | head -1"""
