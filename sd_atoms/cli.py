@@ -3,6 +3,7 @@
 A command is a module of `sd_atoms.commands`: its docstring describes it, `Settings` are its flags, `run` does it.
 """
 
+import codecs
 import errno
 import importlib
 import os
@@ -10,12 +11,15 @@ import re
 import shlex
 import signal
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
 
+PLAIN_WORDS = "d beta alpha kappa pi epsilon gamma omega lambda sum sqrt (x) -> <- ... x - - - <= >= ~ * \" \" ' '"
+PLAIN = dict(zip("ΔβακπεγωλΣ√⊗→←…×–—−≤≥≈·“”‘’", PLAIN_WORDS.split(), strict=True))
 COMMANDS = (
     "train",
     "doctor",
@@ -105,6 +109,13 @@ def _underscored(word: str) -> str:
 
 
 def _run(job: Callable[[], None]) -> int:
+    from sd_atoms.training.interrupt import follow_launcher
+
+    follow_launcher()
+    codecs.register_error("plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
     warnings.showwarning = _show_warning
     import diffusers
     import transformers
@@ -113,6 +124,7 @@ def _run(job: Callable[[], None]) -> int:
         library.utils.logging.set_verbosity_error()  # their notices are for those who call them
     try:
         job()
+        sys.stdout.flush()  # while a broken pipe can still be told
     except UserError as error:
         _say("error: " + re.sub(r"[\r\n]+(?!  )", " ", str(error)))  # a name may hold line breaks; lists are indented
         return 2
@@ -127,9 +139,25 @@ def _run(job: Callable[[], None]) -> int:
         else:
             raise
         return 2
+    except UnicodeEncodeError as error:  # the name of a file, under a locale such as C
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        _say(f"error: {error.object!r}: the locale ({error.encoding}) can name no such file; set PYTHONUTF8=1")
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Stands in for letters that a console, a log or LC_ALL=C has no sign for."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    plain = []
+    for letter in error.object[error.start : error.end]:
+        bare = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+        plain.append(PLAIN.get(letter) or bare or "?")
+    return "".join(plain), error.end
 
 
 def _say(text: str) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sd_atoms.errors import UserError
 
+# what a file system says that cannot do such a thing: shares of other systems, FUSE, some containers
+_CANNOT = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)")  # as `replacing` calls them
 
 
@@ -33,8 +35,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            _if_possible(os.fsync, file.fileno())
+        _if_possible(os.chmod, temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except Exception as error:
@@ -85,6 +87,15 @@ def _error_number(error: Exception) -> int | None:
     return int(hidden[1]) if hidden else None
 
 
+def _if_possible(call: Callable[..., None], *arguments: Any) -> None:
+    """Calls it, and passes over that the file system has no such thing; the file is written without."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -97,6 +108,6 @@ def _sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _if_possible(os.fsync, descriptor)
     finally:
         os.close(descriptor)

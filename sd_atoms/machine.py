@@ -46,7 +46,7 @@ def precision_here(wanted: str) -> str:
 
 
 def make_accelerator(**settings) -> Accelerator:
-    """An Accelerator whose CPU threads are in use; `logging_dir` switches TensorBoard on.
+    """An Accelerator whose CPU threads are in use; `logging_dir` is where its trackers (`log_with`) write.
 
     Raises:
         UserError: the device cannot work in the precision asked for, or weights would be sharded.
@@ -54,7 +54,7 @@ def make_accelerator(**settings) -> Accelerator:
     logging_dir = settings.pop("logging_dir", None)
     if logging_dir is not None:
         project = ProjectConfiguration(project_dir=str(logging_dir), logging_dir=str(logging_dir))
-        settings |= {"log_with": "tensorboard", "project_config": project}
+        settings["project_config"] = project
     try:
         accelerator = Accelerator(**settings)
     except ValueError as error:  # such as fp16 on a CPU

@@ -22,7 +22,8 @@ import torch  # noqa: E402 (it counts the cores when it is imported)
 QUICK = (
     "atoms/", "data/", "evaluation/", "report/", "training/test_parts.py", "pocket/test_pocket_world.py",
     "pocket/test_pocket_files.py", "methods/test_registry.py", "methods/test_counts.py", "test_settings.py",
-    "test_machine.py", "test_docs.py",
+    "test_machine.py", "test_docs.py", "test_files.py",
+    "test_progress.py",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from sd_atoms import load_atoms
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.concept import mean_scores, score_concept
+from sd_atoms.evaluation.metrics import diversity, mean_cosine, paired_cosine
 
 CLIP = packaged_tokenizer().parents[1] / "pocket-clip"
 
@@ -255,3 +256,23 @@ def test_the_pictures_in_the_folder_of_a_run_are_the_adapters_and_the_bases(fini
     assert apart("castle-instance-02.png", "photo of a <castle>.", 2) <= 1
     assert apart("canal-prompt-01.png", "photo of a <canal> at night", 1) <= 1
     assert apart("castle-base-instance-02.png", "photo of a <castle>.", 2) > 10
+
+
+def test_features_and_scores_of_the_same_pictures_agree_on_one_and_two_threads():
+    draws, found, before = np.random.default_rng(0), [], torch.get_num_threads()
+    images = [Image.fromarray(draws.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(5)]
+    texts, scorer = ["a castle by a lake", "photo of a tower", "a house"], ClipFeatures("pocket:clip")
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            features = scorer.of_images(images)
+            scores = [
+                mean_cosine(features, features),
+                diversity(features),
+                paired_cosine(features[:3], scorer.of_texts(texts)),
+            ]
+            found.append((features, scorer.of_texts(texts), torch.tensor(scores)))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        assert (one - two).norm() <= 1e-6 * two.norm()

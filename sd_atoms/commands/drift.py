@@ -4,20 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sd_atoms.data.prompts import load_prompts, parse_seeds
+from sd_atoms.data.prompts import check_lengths, load_prompts, parse_seeds
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.metrics import drift
 from sd_atoms.files import write_json
 from sd_atoms.generation import Request, generate
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off
-from sd_atoms.pipeline import load_adapter, open_base, read_artefact
+from sd_atoms.pipeline import load_adapter, open_base
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import check_drawn_size
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
 from sd_atoms.sources import public_name
+from sd_atoms.training.adapter import open_adapter
 
 MODEL, WHAT, RESULT = "model", "what to draw", "result"
 
@@ -26,7 +27,9 @@ MODEL, WHAT, RESULT = "model", "what to draw", "result"
 class Settings:
     """Settings of `sd-atoms drift`. How pictures are drawn comes from the adapter's own header."""
 
-    adapter: str = setting(None, MODEL, "adapter folder, one .safetensors file, or hub id", required=True)
+    adapter: str = setting(
+        None, MODEL, "run or adapter folder, one .safetensors file, a run's checkpoint, or hub id", required=True
+    )
     pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
     clip_model_name_or_path: str = setting(
         None, MODEL, "CLIP that compares: pocket:clip, a folder or a hub id", required=True
@@ -80,7 +83,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
         UserError: a file, the seeds, the adapter, its base or the CLIP cannot be used.
     """
     prompts, numbers = list(dict.fromkeys(load_prompts(prompts_file))), parse_seeds(seeds)
-    artefact = read_artefact(adapter)
+    artefact = open_adapter(adapter, base)
     header = parse_header(adapter, artefact.about)
     base, sampling = find_base(base, adapter, header), header.sampling
     accelerator = make_accelerator()
@@ -88,6 +91,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
     pipe = open_base(base, device=accelerator.device)
     check_drawn_size(pipe, sampling.resolution)
     load_adapter(pipe, artefact)
+    check_lengths(pipe.tokenizer, prompts)
     values = drift_by_prompt(pipe, prompts, numbers, sampling, features, accelerator)
     values = on_main(accelerator, lambda: values)
     return {

@@ -4,19 +4,20 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd_atoms.data.prompts import fill, load_templates, parse_seeds
+from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
-from sd_atoms.files import replacing
-from sd_atoms.generation import Request, generate_missing, making_notes, read_images
-from sd_atoms.machine import make_accelerator
+from sd_atoms.generation import Request, generate_missing, image_notes, making_notes, read_images, save_image
+from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off, set_adapters
-from sd_atoms.pipeline import DTYPES, load_adapter, open_base, read_artefact
+from sd_atoms.pipeline import DTYPES, load_adapter, open_base
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.sampling import SCHEDULERS
 from sd_atoms.pipeline.sizes import check_drawn_size
 from sd_atoms.report.grid import image_grid
 from sd_atoms.settings import setting
+from sd_atoms.training.adapter import open_adapter
 
+GRID, GRID_NOTE = "grid.png", "grid of"
 MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
 
 
@@ -24,7 +25,9 @@ MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
 class Settings:
     """Settings of `sd-atoms generate`. What is left out comes from the adapter's own header."""
 
-    adapter: str = setting(None, MODEL, "adapter folder, one .safetensors file, or hub id", required=True)
+    adapter: str = setting(
+        None, MODEL, "run or adapter folder, one .safetensors file, a run's checkpoint, or hub id", required=True
+    )
     adapter_scale: float = setting(1.0, MODEL, "strength of the adapter")
     pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
     revision: str | None = setting(None, MODEL, "git revision of the base")
@@ -57,7 +60,7 @@ def run(config: Settings) -> Path:
         UserError: something in the settings is wrong, or the folder holds other pictures of the same names.
     """
     templates, seeds = load_templates(config.prompts), parse_seeds(config.seeds)
-    artefact = read_artefact(config.adapter)
+    artefact = open_adapter(config.adapter, config.pretrained_model_name_or_path)
     header = parse_header(config.adapter, artefact.about)
     base = find_base(config.pretrained_model_name_or_path, config.adapter, header)
     token = config.token or next(iter(artefact.tokens), None)
@@ -78,6 +81,7 @@ def run(config: Settings) -> Path:
         raise UserError(f"out: {out} is a run folder; name another folder for the pictures, such as {out / 'more'}")
 
     accelerator = make_accelerator()
+    on_main(accelerator, lambda: check_grid(out / GRID, config.overwrite))
     pipe = open_base(
         base, revision=config.revision, variant=config.variant, dtype=DTYPES[config.dtype], device=accelerator.device
     )
@@ -86,6 +90,7 @@ def run(config: Settings) -> Path:
     for part in (pipe.unet, pipe.text_encoder):
         set_adapters(part, ["default"], [config.adapter_scale])
     requests = _requests(templates, token, seeds, "")
+    check_lengths(pipe.tokenizer, [request.prompt for request in requests])
     notes = making_notes(Path(config.adapter).name, base) | {
         "adapter_digest": artefact.digest(),
         "adapter_scale": str(config.adapter_scale),
@@ -108,12 +113,21 @@ def run(config: Settings) -> Path:
                 labels.append(f"base: {fill(template, base_token)}")
             rows.append(read_images(out, requests[place]))
             labels.append(fill(template, token))
-        with replacing(out / "grid.png") as temporary:
-            grid = image_grid(rows, labels, [f"seed {seed}" for seed in seeds])
-            grid.save(temporary, format="PNG")
-        print(f"{len(requests) + len(base_requests)} pictures and grid.png are in {out}")
+        grid = image_grid(rows, labels, [f"seed {seed}" for seed in seeds])
+        save_image(out / GRID, grid, {GRID_NOTE: ", ".join(labels)})
+        print(f"{len(requests) + len(base_requests)} pictures and {GRID} are in {out}")
     accelerator.end_training()
     return out
+
+
+def check_grid(path: Path, overwrite: bool) -> None:
+    """Refuses to replace a picture of the grid's name; a grid of the pictures beside it may be made again.
+
+    Raises:
+        UserError: it is another picture.
+    """
+    if path.exists() and not overwrite and GRID_NOTE not in image_notes(path):
+        raise UserError(f"{path}: exists and is no grid of `generate`; move it, or pass --overwrite")
 
 
 def _requests(templates: list[str], concept: str, seeds: list[int], prefix: str) -> list[Request]:

@@ -25,7 +25,15 @@ from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CHECKPOINTS, CONFIG, LOG, METRICS, changed_settings, read_log
 
 TABLE, NUMBERS, PLOT = "sweep.md", "sweep.json", "sweep.png"
-NOT_VARIED = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
+NOT_VARIED = (
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "strict_resume",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+)
 LONGEST_NAME = 255  # bytes, of a folder on usual disks
 UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
 
@@ -194,7 +202,9 @@ def changes_of(point: Point) -> list[str]:
     """How the run in a point's folder differs from what the point would be; nothing where there is no run. The folder
     may have been moved."""
     path = Path(point.config.output.output_dir) / CONFIG
-    return changed_settings(with_defaults(point.config), path, {"output_dir"}) if path.exists() else []
+    return (
+        changed_settings(with_defaults(point.config), path, {"output_dir", "strict_resume"}) if path.exists() else []
+    )
 
 
 def is_finished(point: Point) -> bool:

@@ -1,6 +1,7 @@
 """Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."""
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -25,17 +26,17 @@ from sd_atoms.generation import Request, generate, generate_missing, making_note
 from sd_atoms.machine import make_accelerator, on_main, precision_here
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import open_base, save_adapter
-from sd_atoms.pipeline.header import Header
-from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
+from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.run import concept_grid, learning_curve, summary_text
 from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.training.adapter import header
 from sd_atoms.training.class_images import class_image_paths
 from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
-from sd_atoms.training.dataset import class_prompts, make_dataset
+from sd_atoms.training.dataset import class_prompts, data_digests, make_dataset
 from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diffusion
 from sd_atoms.training.examples import Cropping
 from sd_atoms.training.latents import remove_scratch
@@ -48,11 +49,13 @@ from sd_atoms.training.run_folder import (
     LATENTS,
     LOG,
     METRICS,
+    check_data,
     check_output,
     is_first_start,
     open_run,
     read_log,
 )
+from sd_atoms.training.tracking import start_trackers, track_images, trackers_of
 
 Settings = TrainConfig
 MOST_SCORED = 100  # training images that scores and the grid compare with
@@ -70,17 +73,20 @@ def run(config: TrainConfig) -> Path:
     folder, name = Path(config.output.output_dir), run_name(config)
     base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
     check_names([concept_name(concept, folder) for concept in concepts])
+    trackers = trackers_of(config.output.report_to)
     accelerator = make_accelerator(
         mixed_precision=config.precision.mixed_precision,
         gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
-        logging_dir=folder / CURVES if config.output.report_to == "tensorboard" else None,
+        logging_dir=folder / CURVES,
+        log_with=trackers,
     )
     notes = []
     if on_main(accelerator, lambda: is_first_start(config.output)):
         config = replaced(config, resume_from_checkpoint=None, overwrite=True)
         notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
     on_main(accelerator, lambda: check_output(config))
-    repo_id = on_main(accelerator, lambda: hub_id(config.hub, folder)) if config.hub.push_to_hub else None
+    if config.hub.push_to_hub:
+        on_main(accelerator, lambda: check_hub(config.hub, folder))
     sources, found = find_images(config.data, concepts, accelerator)
     notes += found
     templates = load_templates(config.images.prompts_file) if config.images.prompts_file else []
@@ -103,6 +109,7 @@ def run(config: TrainConfig) -> Path:
     sampling = dataclasses.replace(config.images.sampling, resolution=config.data.resolution)
     if config.prior.prior == "images":
         sources = [with_class_images(config, pipe, accelerator, source, sampling) for source in sources]
+    notes += on_main(accelerator, lambda: check_data(config.output, data_digests(sources, config.prior)))
     add_adapters(pipe, config)
     how = Cropping(config.data, config.data.resolution, training_unit_px(pipe), seed)
     scratch = folder / LATENTS
@@ -117,8 +124,8 @@ def run(config: TrainConfig) -> Path:
             for note in [*launcher_notes(config), *notes]:
                 print(note)
         accelerator.wait_for_everyone()
-        if config.output.report_to == "tensorboard":
-            accelerator.init_trackers("")
+        if trackers:
+            start_trackers(accelerator, folder / CURVES, folder.resolve().name)
 
     def show(step: int):
         show_validation(config.validation.validation_prompt, config.validation.num_validation_images, pipe,
@@ -129,7 +136,14 @@ def run(config: TrainConfig) -> Path:
         remove_scratch(scratch)
 
     # Save
-    about = header(config, outcome, accelerator.num_processes, sum(len(source.images) for source in sources)).entries()
+    about = header(
+        config,
+        pictures=sum(len(source.images) for source in sources),
+        steps=outcome.steps,
+        pictures_per_step=config.loop.train_batch_size
+        * config.loop.gradient_accumulation_steps
+        * accelerator.num_processes,
+    ).entries()
     if accelerator.is_main_process:
         for place in (folder / ADAPTER, folder / f"{name}.safetensors"):
             save_adapter(pipe, place, tokens=outcome.rows or config.tokens, about=about)
@@ -148,7 +162,7 @@ def run(config: TrainConfig) -> Path:
 
     # Report
     if accelerator.is_main_process:
-        report(config, folder, sources, sets, scorer, outcome, repo_id)
+        report(config, folder, sources, sets, scorer, outcome)
     accelerator.end_training()
     return folder
 
@@ -160,7 +174,6 @@ def report(
     sets: Sequence[dict[str, list[Request]]],
     scorer: ClipFeatures | None,
     outcome: Outcome,
-    repo_id: str | None,
 ) -> None:
     """Grids, scores, metrics.json and a summary, from the images in a run folder."""
     scores, grids = {}, []
@@ -186,13 +199,24 @@ def report(
     write_json(folder / METRICS, metrics)
     adapter = folder / f"{run_name(config)}.safetensors"
     print(summary_text(metrics, " ".join(config.tokens), adapter, grids[0], next_steps(config, adapter)))
-    if repo_id is not None:
+    if config.hub.push_to_hub:
+        repo_id = config.hub.hub_model_id or own_repo_id(folder)
         print(f"Shared at {push(write_share_folder(folder, repo_id), repo_id, config.hub.hub_private_repo)}")
 
 
-def hub_id(hub: HubSettings, folder: Path) -> str:
-    """Where the adapter is to be uploaded; asked before hours of training, not after them."""
-    return check_repo_id(hub.hub_model_id) if hub.hub_model_id else own_repo_id(folder)
+def check_hub(hub: HubSettings, folder: Path) -> None:
+    """Whether the adapter can be uploaded at the end: the id, the login and its rights.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if hub.hub_model_id:
+        check_repo_id(hub.hub_model_id)
+    names = who_may_push()
+    if names and hub.hub_model_id is None:
+        own_repo_id(folder)
+    elif names and hub.hub_model_id.split("/")[0] not in names:
+        raise UserError(f"hub_model_id: {hub.hub_model_id!r} is not of those that are logged in: {', '.join(names)}")
 
 
 def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sampling: Sampling) -> Source:
@@ -218,7 +242,16 @@ def concept_name(concept: Concept, folder: Path) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses concepts whose files would have one name, also where the disk knows no upper case."""
+    """Refuses concepts whose files would have one name, also where the disk knows no upper case, or none that this
+    locale can spell."""
+    for name in names:
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"placeholder_token: the locale ({error.encoding}) can name no file {name!r}; set PYTHONUTF8=1, or "
+                "choose plain letters"
+            ) from error
     if len({name.lower() for name in names}) < len(names):
         listed = ", ".join(names)
         raise UserError(
@@ -257,29 +290,6 @@ def image_sets(
     }
 
 
-def header(config: TrainConfig, outcome: Outcome, processes: int, images: int) -> Header:
-    """What the adapter's file says of its making."""
-    loop = config.loop
-    return Header(
-        method=outcome.method,
-        base=config.base.pretrained_model_name_or_path,
-        tokens={
-            token: word
-            for concept in config.all_concepts
-            for token, word in zip(concept.tokens, concept.initializers, strict=True)
-        },
-        instance_prompt=config.all_concepts[0].instance_prompt,
-        sampling=dataclasses.replace(config.images.sampling, resolution=config.data.resolution),
-        training={
-            "pictures": images,
-            "steps": outcome.steps,
-            "pictures_per_step": loop.train_batch_size * loop.gradient_accumulation_steps * processes,
-            "learning_rate": config.optimiser.learning_rate,
-            "seed": loop.seed,
-        },
-    )
-
-
 def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampling, folder: Path, step: int) -> None:
     """One row of images on the way; they take nothing from the training but time."""
     requests = [Request(prompt, seed, "") for seed in range(count)]
@@ -289,6 +299,7 @@ def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampli
             [row], column_labels=[f"seed {seed}" for seed in range(count)], title=f"step {step}: {prompt}"
         )
         save_image(folder / f"validation-{step:06d}.png", grid, {"prompt": prompt, "step": step})
+        track_images(accelerator, "validation", row, step)
 
 
 def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
@@ -296,7 +307,7 @@ def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
     concept = config.all_concepts[0].word or config.all_concepts[0].instance_prompt
     words = ["sd-atoms", "generate", "--adapter", str(adapter), "--prompts", "few_shot", "--seeds", "0-3"]
     commands = [shlex.join([*words, "--out", str(adapter.parent / "more")])]
-    if config.output.report_to == "tensorboard":
+    if "tensorboard" in trackers_of(config.output.report_to):
         commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))
     load = "load_atoms" if config.method.chosen().name == "atoms" else "load_adapter"
     code = (

@@ -8,6 +8,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json
 
 METADATA = "metadata.jsonl"
+SUFFIXES = (".txt", ".caption")  # in any case: cameras and old tools write .TXT
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 _AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
@@ -16,18 +17,21 @@ _AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
 def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     """Reads the captions of `paths`, all directly inside `folder`; empty if there are no caption files.
 
-    The caption of a.png is the text of a.txt, or stands in metadata.jsonl: one JSON object per line with `file_name`
-    and one of `text`, `caption` and `prompt`. Pictures of one stem share a text file.
+    The caption of a.png is the text of a.txt (.TXT, .caption), or stands in metadata.jsonl: one JSON object per line
+    with `file_name` and one of `text`, `caption` and `prompt`. Pictures of one stem share a text file.
 
     Raises:
         UserError: everything that is wrong: files that are not UTF-8 or not JSON, entries without a picture or a
-            caption, pictures with two captions, with an empty one, or with none while others have some.
+            caption, pictures with two captions or text files, with an empty one, or with none while others have some.
     """
     captions, problems, complete = _entries(folder / METADATA, paths)
-    for path in paths:
-        beside = path.with_suffix(".txt")
-        if not beside.is_file():
+    for path, files in _beside(folder, paths).items():
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            problems.append(f"{folder}: {path.name} has {len(files)} caption files, {names}; expected one")
+        if not files:
             continue
+        beside = files[0]
         if path in captions:
             problems.append(f"{beside}: {path.name} has a caption in {METADATA} too; expected it in one of the two")
             continue
@@ -42,7 +46,7 @@ def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     if without and complete and caption_files(folder, paths):
         problems.append(
             f"{folder}: {len(without)} of {len(paths)} pictures have no caption: {', '.join(without)}; expected "
-            f"<stem>.txt or an entry in {METADATA} for all or for none"
+            f"<stem>.txt, <stem>.caption or an entry in {METADATA} for all or for none"
         )
     problems = list(dict.fromkeys(problems))  # a text file of two pictures is wrong once
     refuse(problems, f"{folder}: {len(problems)} mistakes in the captions:")
@@ -51,8 +55,19 @@ def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
 
 def caption_files(folder: Path, paths: Sequence[Path]) -> list[Path]:
     """The files in `folder` that hold captions of `paths`; nothing is opened."""
-    candidates = dict.fromkeys([*(path.with_suffix(".txt") for path in paths), folder / METADATA])
-    return [file for file in candidates if file.is_file()]
+    found = [file for files in _beside(folder, paths).values() for file in files]
+    return [*dict.fromkeys(found), *([folder / METADATA] if (folder / METADATA).is_file() else [])]
+
+
+def _beside(folder: Path, paths: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The text files of each picture's stem, in the order of SUFFIXES and of their names."""
+    by_stem: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir(), reverse=True):  # .txt before .TXT
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            by_stem.setdefault(file.stem, []).append(file)
+    for files in by_stem.values():
+        files.sort(key=lambda file: SUFFIXES.index(file.suffix.lower()))
+    return {path: by_stem.get(path.stem, []) for path in paths}
 
 
 def tidy(text: str) -> str:

@@ -14,13 +14,13 @@ import numpy as np
 import PIL
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
 from sd_atoms.data.captions import refuse
 from sd_atoms.data.records import ImageRecord, ImageStats, image_stats
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 from sd_atoms.machine import read_ahead, shared_work
+from sd_atoms.progress import followed
 
 
 def usable(
@@ -59,8 +59,7 @@ def usable(
         # threads serve decoding; for hashing alone they would wait for each other
         found = [recognise(picture) for picture in share] if known else [None] * len(share)
         unseen = [picture for picture, stats in zip(share, found, strict=True) if stats is None]
-        bar = dict(desc="Checking images", unit="image", delay=2, leave=False, disable=None)
-        looked = iter(tqdm(read_ahead(look, unseen), total=len(unseen), **bar))
+        looked = followed(read_ahead(look, unseen), len(unseen), "Checking images", "image")
         return [next(looked) if stats is None else stats for stats in found]
 
     found = shared_work(look_at, pictures, accelerator)

@@ -47,7 +47,10 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
         else:
             found, ignored = folder_images(packaged_path(place) or place, data.captions)
             if data.captions and found[0].caption is None:
-                raise UserError(f"captions: {place} holds neither NAME.txt files of its pictures nor metadata.jsonl")
+                raise UserError(
+                    f"captions: {place} holds neither NAME.txt or NAME.caption files of its pictures nor "
+                    "metadata.jsonl"
+                )
         found, left_out = usable(found, data.on_bad_image, accelerator, cache)
         notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
         sources.append(Source(concept, found))

@@ -101,7 +101,9 @@ class DataSettings:
         None, DATA, "several concepts in one run, in place of the flags about one", item=Concept
     )
     captions: bool = setting(
-        False, DATA, "prompts from NAME.txt beside each picture or metadata.jsonl; {} in them is the concept"
+        False,
+        DATA,
+        "prompts from NAME.txt or NAME.caption beside each picture or metadata.jsonl; {} in them is the concept",
     )
     dataset_name: str | None = setting(
         None, DATA, "data set for `datasets` in place of instance_data_dir: a folder or a hub id"

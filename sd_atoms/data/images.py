@@ -4,10 +4,12 @@ A picture is a PIL image in mode RGB, 8 bits, sRGB, upright and opaque. Everythi
 (rotation flags, transparency, CMYK, 16 bits, colour profiles, animation) ends in `read_image`.
 """
 
+import contextlib
 import io
 import os
 import random
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,11 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from sd_atoms.errors import UserError
 
+with contextlib.suppress(ImportError):  # Pillow itself opens no HEIC
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 # Which files of a folder count goes by their names; how a file is opened goes by its content.
 EXTENSIONS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # MPO: a JPEG that holds several
@@ -27,6 +34,9 @@ _SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 _SRGB_NAMES = ("sRGB", "sRGB built-in", "sRGB IEC61966-2.1")
 _EXPECTED = "expected an intact PNG, JPEG, WebP, BMP, TIFF or GIF picture"
 _RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_EXIF = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 RESAMPLING = tuple(sorted(_RESAMPLING))
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,10 +108,11 @@ def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> I
         UserError: the file is missing, empty, truncated, no picture, of a format that this Pillow cannot open, too
             small (under 16 px on a side) or so large that it may be a decompression bomb.
     """
-    in_memory = isinstance(source, bytes)
-    label = label or (f"{len(source)} bytes" if in_memory else str(Path(source)))
+    label = label or (f"{len(source)} bytes" if isinstance(source, bytes) else str(Path(source)))
+    content = b""
     try:
-        with Image.open(io.BytesIO(source) if in_memory else source) as image:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with open_image(content) as image:
             if image.format not in FORMATS:
                 raise UserError(f"{label}: is a {image.format} file; {_EXPECTED}")
             if min(image.size) < SMALLEST_SIDE_PX:
@@ -113,8 +124,9 @@ def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> I
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        length = len(source) if in_memory else os.stat(source).st_size
-        what = "is empty (0 bytes)" if length == 0 else "holds no picture that this Pillow recognises"
+        if content[4:8] == b"ftyp" and content[8:12] in _HEIC:
+            raise UserError(f"{label}: is a HEIC picture; `pip install pillow-heif` to open such") from error
+        what = "holds no picture that this Pillow recognises" if content else "is empty (0 bytes)"
         raise UserError(f"{label}: {what}; {_EXPECTED}") from error
     except Image.DecompressionBombError as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
@@ -123,6 +135,26 @@ def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> I
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{label}: cannot be read ({reason}); {_EXPECTED}") from error
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def open_image(content: bytes) -> Image.Image:
+    """A file's picture as Pillow opens it, to be closed; raises what Pillow raises.
+
+    Text in a PNG file, such as the workflow of a program that drew it, is left out: Pillow refuses long ones.
+    """
+    return Image.open(io.BytesIO(_without_text(content) if content.startswith(_PNG) else content))
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG file without its text, but for what tells of rotation; from anything broken on as it is."""
+    kept, start = [_PNG], len(_PNG)
+    while len(head := png[start : start + 8]) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        end = start + 12 + length  # length, kind, content, checksum
+        if kind not in (b"tEXt", b"zTXt", b"iTXt") or png.startswith(_PNG_EXIF, start + 8):
+            kept.append(png[start:end])
+        start = end
+    return b"".join([*kept, png[start:]])
 
 
 def fit(

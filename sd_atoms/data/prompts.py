@@ -2,9 +2,11 @@
 
 import os
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.sources import packaged_file
 
 LARGEST_SEED = 2**63 - 1
@@ -45,6 +47,42 @@ def load_prompts(path: str | os.PathLike) -> list[str]:
 def fill(template: str, concept: str) -> str:
     """Puts `concept` in the place of `{}`; braces in the concept itself stay as they are."""
     return template.replace("{}", concept)
+
+
+def cut_prompt(tokenizer, prompt: str) -> tuple[str, list[str]] | None:
+    """What is lost of a prompt of more tokens than the text encoder reads; None where nothing is.
+
+    Returns:
+        One clause that names the prompt and the first words lost, and the placeholders (words that were added to the
+        tokenizer) that are nowhere in what is left.
+    """
+    most, found = tokenizer.model_max_length, tokenizer(prompt, verbose=False, return_offsets_mapping=True)
+    ids = found.input_ids
+    if len(ids) <= most:
+        return None
+    start, _ = found.offset_mapping[most - 1]  # the one before is the last that stays, the end token takes its place
+    lost = prompt[prompt.rfind(" ", 0, start) + 1 :].split()  # from the start of a word that is cut in two
+    gone = set(ids[most - 1 :]) - set(ids[: most - 1]) - set(tokenizer.all_special_ids)
+    shown = " ".join(lost[:6]) + " …" * (len(lost) > 6)
+    text = f"{prompt[:40]!r}… has {len(ids)} tokens, of {most} that are read: lost from {shown!r} on"
+    return text, [word for word, number in tokenizer.get_added_vocab().items() if number in gone]
+
+
+def check_lengths(tokenizer, prompts: Iterable[str]) -> None:
+    """Says which prompts will be cut.
+
+    Raises:
+        UserError: a placeholder is cut off, so that the picture would not show the concept.
+
+    Warns:
+        AtomsWarning: other words are.
+    """
+    for prompt in dict.fromkeys(prompts):
+        cut = cut_prompt(tokenizer, prompt)
+        if cut and cut[1]:
+            raise UserError(f"prompt {cut[0]}, and {' '.join(cut[1])} with it; make it shorter")
+        if cut:
+            warnings.warn(f"prompt {cut[0]}", AtomsWarning, stacklevel=2)
 
 
 def parse_seeds(text: str) -> list[int]:

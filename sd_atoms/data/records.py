@@ -1,7 +1,6 @@
 """Training pictures from a folder or a table of `datasets`: what they are called, their captions, how to read them."""
 
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
-from sd_atoms.data.images import ignored_notes, read_image, scan_folder
+from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
 from sd_atoms.errors import UserError
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
@@ -63,7 +62,7 @@ def image_stats(record: ImageRecord) -> ImageStats:
     """Reads and decodes an image once; raises as `read_image` does."""
     content = record.content()
     image = read_image(content, record.name)
-    with Image.open(io.BytesIO(content)) as file:
+    with open_image(content) as file:
         orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
     grey = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel()
     cells = np.packbits(grey > grey.mean()).tobytes() if np.ptp(grey) > 8 else None

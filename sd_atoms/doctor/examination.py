@@ -30,6 +30,7 @@ from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import check_output
 from sd_atoms.training.steps import steps_of
+from sd_atoms.training.tracking import trackers_of
 
 MOST_LOOKED_AT = 1000  # pictures per concept that are compared with each other
 
@@ -57,6 +58,7 @@ def doctor(config: TrainConfig) -> None:
     findings += examine(config, sources, pipe, accelerator.num_processes)
     if not any(finding.level == "error" and finding.about == "output_dir" for finding in findings):
         findings += raised(lambda: check_output(config), "output_dir")
+    findings += raised(lambda: trackers_of(config.output.report_to), "report_to")
     name = config.images.clip_model_name_or_path
     if name:
         findings += raised(

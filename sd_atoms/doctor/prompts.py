@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sd_atoms.data.concepts import Source, concept_prompts, image_prompts
 from sd_atoms.data.config import Concept
-from sd_atoms.data.prompts import fill, load_templates
-from sd_atoms.doctor.findings import Finding, raised
+from sd_atoms.data.prompts import cut_prompt, fill, load_templates
+from sd_atoms.doctor.findings import Finding, plural, raised, shortlist
 from sd_atoms.errors import UserError
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.training.config import TrainConfig
@@ -33,6 +33,7 @@ def run_prompts(config: TrainConfig, sources: Sequence[Source]) -> tuple[dict[st
         source = images_of[concept]
         for image, own in zip(source.images, image_prompts(source), strict=True):
             add(where if image.caption is None else f"caption of {image.name}", own)
+        findings.extend(captions_without(source))
 
     for concept in config.all_concepts:
         add("instance_prompt", [concept.instance_prompt])
@@ -49,6 +50,21 @@ def run_prompts(config: TrainConfig, sources: Sequence[Source]) -> tuple[dict[st
     if config.validation.validation_prompt:
         add("validation_prompt", [config.validation.validation_prompt])
     return prompts, findings
+
+
+def captions_without(source: Source) -> list[Finding]:
+    """A warning that names the pictures whose own captions lack a placeholder that others have."""
+    named = [
+        [image.name for image, own in zip(source.images, image_prompts(source), strict=True)
+         if image.caption is not None and token not in own[0]]
+        for token in source.concept.tokens
+    ]  # fmt: skip
+    return [
+        Finding("warning", "captions", f"{token} is not in {plural(len(names), 'caption')}: of {shortlist(names)}",
+                f"write {token} or {{}} there, unless the pictures do not show it")
+        for token, names in zip(source.concept.tokens, named, strict=True)
+        if names
+    ]  # fmt: skip
 
 
 def templates(config: TrainConfig) -> list[str]:
@@ -125,20 +141,18 @@ def whole_words(tokenizer, words: Sequence[str]) -> list[Finding]:
 
 
 def long_prompts(tokenizer, prompts: Mapping[str, str]) -> list[Finding]:
-    """A warning for each prompt that is cut, with the first words that are lost."""
-    findings, most = [], tokenizer.model_max_length
+    """A warning for each prompt that is cut, with the first words that are lost; an error where a new word is."""
+    errors, warnings = [], []
     for text, where in prompts.items():
-        spans = tokenizer(text, verbose=False, return_offsets_mapping=True).offset_mapping
-        if len(spans) > most:
-            start, _ = spans[most - 1]  # the one before is the last that stays, the end token takes this one's place
-            lost = text[text.rfind(" ", 0, start) + 1 :].split()  # from the start of a word that is cut in two
-            shown = " ".join(lost[:6]) + " …" * (len(lost) > 6)
-            text = f"{text[:40]!r}… has {len(spans)} tokens, of {most} that are read: lost from {shown!r} on"
-            findings.append(Finding("warning", where, text, "make it shorter"))
-    more = len(findings) - MOST_LONG_PROMPTS
+        lost, words = cut_prompt(tokenizer, text) or ("", [])
+        if words:
+            errors.append(Finding("error", where, f"{lost}, and {' '.join(words)} with it", "make it shorter"))
+        elif lost:
+            warnings.append(Finding("warning", where, lost, "make it shorter"))
+    more = len(warnings) - MOST_LONG_PROMPTS
     if more > 0:
-        findings[MOST_LONG_PROMPTS:] = [Finding("warning", "prompts", f"{more} more are cut too", "make them shorter")]
-    return findings
+        warnings[MOST_LONG_PROMPTS:] = [Finding("warning", "prompts", f"{more} more are cut too", "make them shorter")]
+    return errors + warnings
 
 
 def unseen_words(tokenizer, prompt: str, words: Sequence[tuple[str, ...]]) -> list[Finding]:

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from sd_atoms.data.images import fit
@@ -23,6 +22,7 @@ from sd_atoms.evaluation.efficientnet import NAME as EFFICIENTNET
 from sd_atoms.evaluation.efficientnet import SIDE_PX, load_efficientnet
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite, read_ahead, shared_work
+from sd_atoms.progress import followed
 from sd_atoms.sources import packaged_path, resolve_source
 
 RESIZES = ("antialiased", "legacy")
@@ -106,9 +106,8 @@ def features_of(
 @torch.no_grad()
 def _rows(network: Network, records: Sequence[ImageRecord]) -> Iterator[torch.Tensor]:
     images = read_ahead(lambda record: record.read(), records)
-    bar = dict(desc=f"Features of {network.name}", unit="image", delay=2, leave=False, disable=None)
     batch = []
-    for number, image in enumerate(tqdm(images, total=len(records), **bar), 1):
+    for number, image in enumerate(followed(images, len(records), f"Features of {network.name}", "image"), 1):
         batch.append(image)
         if len(batch) == BATCH or number == len(records):
             yield from network.of_images(batch)

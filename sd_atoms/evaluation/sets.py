@@ -47,9 +47,8 @@ def fid(real: torch.Tensor, generated: torch.Tensor) -> float:
 
 
 def mifid(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """FID over the mean cosine distance, if below MIFID_REACH, to the nearest real images: copies are punished.
-
-    Raises as `fid`.
+    """FID over the mean cosine distance, if below MIFID_REACH, of each generated image to the nearest real one
+    (arXiv 2106.03062): copies are punished. Raises as `fid`.
     """
     x, y = F.normalize(generated.double(), dim=1), F.normalize(real.double(), dim=1)
     nearest = torch.cat([(part @ y.T).abs().max(1).values for part in x.split(CHUNK)])
@@ -67,7 +66,9 @@ def kid(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[flo
         warnings.simplefilter("ignore")  # about its memory
         torch.manual_seed(seed)
         size = min(KID_SUBSET_SIZE, len(real), len(generated))
-        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False)
+        metric = KernelInceptionDistance(
+            _Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
         metric.update(real.double(), real=True)
         metric.update(generated.double(), real=False)
         mean, deviation = metric.compute()

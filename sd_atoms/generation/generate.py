@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
 
 from sd_atoms.machine import check_finite
 from sd_atoms.pipeline.sampling import Sampling, make_scheduler
+from sd_atoms.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def generate(
         (request, RGB picture).
     """
     processes, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    bar = tqdm(total=len(requests), desc="Pictures", unit="picture", disable=None if rank == 0 else True)
+    bar = progress_bar(len(requests), "Pictures", "picture", main=rank == 0)
     with _prepared(pipe, sampling.scheduler), bar:
         for start in range(0, len(requests), processes * batch_size):
             share = requests[start : start + processes * batch_size]

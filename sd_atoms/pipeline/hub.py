@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import AtomsWarning, UserError
 
 # what an earlier push may have left that this one lacks, and that a reader would take for a part of it
 REPLACED = ("pictures/*.png", "learned_embeds.safetensors", "text_encoder/adapter_*")
@@ -41,6 +43,29 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
             f"try again with: {command}"
         ) from error
     return url
+
+
+def who_may_push() -> list[str]:
+    """Who is logged in at the hub, and the organisations that they belong to; asked before hours of work.
+
+    Raises:
+        UserError: nobody is logged in, or the token is refused or may not write.
+
+    Warns:
+        AtomsWarning: the hub cannot be reached; nobody is known then, and the list is empty.
+    """
+    try:
+        who = HfApi().whoami()
+    except Exception as error:
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        if refused or isinstance(error, LocalTokenNotFoundError):
+            raise UserError(f"push_to_hub: log in with `hf auth login` first ({_reason(error)})") from error
+        text = f"push_to_hub: the hub cannot be reached now ({_reason(error)}); the upload will be tried at the end"
+        warnings.warn(text, AtomsWarning, stacklevel=2)
+        return []
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError("push_to_hub: the token that is logged in may only read; make one that may write")
+    return [who["name"], *(group["name"] for group in who.get("orgs", []))]
 
 
 def own_repo_id(run: Path) -> str:

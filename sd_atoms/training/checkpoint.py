@@ -15,6 +15,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+KINDS = ("parameter", "mean", "best")
 # what optimisers keep of each parameter beside a count, two tensors of its shape, and their types; there may be more
 MOMENTS = (({"exp_avg", "exp_avg_sq"}, {torch.float32}), ({"state1", "state2"}, {torch.float32, torch.uint8}))
 COUNTS = (torch.float32, torch.int64)
@@ -29,6 +30,7 @@ class Progress:
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # what is saved, at the lowest validation loss
     best_loss: float = math.inf
     best_step: int = 0
+    data: dict[str, str] = field(default_factory=dict)  # what is learned from: its name -> digest of its content
 
 
 def save_checkpoint(
@@ -45,6 +47,7 @@ def save_checkpoint(
         "step": str(progress.step),
         "best": json.dumps([progress.best_loss, progress.best_step]),
         "scaler": json.dumps(scaler.state_dict() if scaler is not None else {}),
+        "data": json.dumps(progress.data),
         "groups": json.dumps([_numbers(group) for group in state["param_groups"]]),
     }
     path = folder / f"checkpoint-{progress.step}.safetensors"
@@ -67,10 +70,11 @@ def read_header(path: Path) -> tuple[Progress, list[dict], dict]:
             metadata = file.metadata() or {}
         step, scaler_state = int(metadata["step"]), dict(json.loads(metadata["scaler"]))
         (best_loss, best_step), groups = json.loads(metadata["best"]), json.loads(metadata["groups"])
-        groups = [dict(group) for group in groups]
+        groups, data = [dict(group) for group in groups], dict(json.loads(metadata.get("data", "{}")))
         if step < 0 or not all(isinstance(value, (int, float)) for group in groups for value in group.values()):
             raise ValueError("a number in its header is none")
-        return Progress(step, best_loss=float(best_loss), best_step=int(best_step)), groups, scaler_state
+        progress = Progress(step, best_loss=float(best_loss), best_step=int(best_step), data=data)
+        return progress, groups, scaler_state
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
 
@@ -82,19 +86,12 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
         UserError: the file is corrupt or belongs to another run.
     """
     progress, groups, scaler_state = read_header(path)
+    tensors = _tensors(path, parameters)
     try:
-        tensors = load_file(path)
         moments = _moments(tensors)
-    except (SafetensorError, OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]}); resume an earlier one")
-    saved, mean, best = (_of_kind(tensors, kind) for kind in ("parameter", "mean", "best"))
-    shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
-    for values in (saved, mean or saved, best or saved):
-        if {name: (value.shape, value.dtype) for name, value in values.items()} != shapes:
-            raise UserError(f"{path}: belongs to a run with other trained parameters")
+    saved, mean, best = (_of_kind(tensors, kind) for kind in KINDS)
     state = optimizer.state_dict()
     if len(groups) != len(state["param_groups"]):
         raise UserError(f"{path}: belongs to a run with other groups of parameters")
@@ -113,6 +110,34 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
     device = next(iter(parameters.values())).device
     progress.mean, progress.best = ({name: v.to(device) for name, v in values.items()} for values in (mean, best))
     return progress
+
+
+def kept_values(path: Path, parameters: dict[str, nn.Parameter]) -> tuple[int, dict[str, torch.Tensor]]:
+    """The step of a checkpoint, and the values that the run would save if it ended there.
+
+    Raises:
+        UserError: the file is corrupt or belongs to another run.
+    """
+    progress, _, _ = read_header(path)
+    saved, mean, best = (_of_kind(_tensors(path, parameters), kind) for kind in KINDS)
+    return progress.step, best or mean or saved
+
+
+def _tensors(path: Path, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of these parameters."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: corrupt or not a checkpoint ({error})") from error
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]}); resume an earlier one")
+    saved, mean, best = (_of_kind(tensors, kind) for kind in KINDS)
+    shapes = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+    for values in (saved, mean or saved, best or saved):
+        if {name: (value.shape, value.dtype) for name, value in values.items()} != shapes:
+            raise UserError(f"{path}: belongs to a run with other trained parameters")
+    return tensors
 
 
 def _moments(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """Every setting of a training run, with its default and the reason for it, in sections by who uses them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -7,7 +8,7 @@ from sd_atoms.atoms import FORMS
 from sd_atoms.data.config import OF_CONCEPT, PRIOR, TOKEN, Concept, DataSettings
 from sd_atoms.errors import UserError
 from sd_atoms.methods import Method, check_settings, from_peft_config, get_method
-from sd_atoms.methods.table import METHODS
+from sd_atoms.methods.table import METHODS, RATES
 from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
 from sd_atoms.settings import flat, section, setting
 from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
@@ -19,6 +20,13 @@ OPTIMISERS = ("adamw", "adamw8bit", "prodigy")
 PRIORS = ("none", "images", "teacher")
 LOSSES = ("l2", "huber", "smooth_l1")
 TEXT_ADAPTERS = ("atoms", "lora")
+# of the text encoder's adapter; as usual elsewhere, since none stood out in a sweep on the pocket base (docs/sweep.md)
+TEXT_RATES = {"atoms": 1e-3, "lora": 1e-4}
+KIND_RATES = {kind: rate for kind, rate in RATES.items() if kind not in ("beta", "row")}
+
+
+def _listed(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items())
 
 
 @dataclass(frozen=True)
@@ -162,10 +170,16 @@ class OptimiserSettings:
 
     optimizer: str = setting("adamw", OPTIMISER, "adamw8bit and prodigy are extras", choices=OPTIMISERS)
     # atoms are of unit norm and few, so they take steps a hundred times those of LoRA
-    learning_rate: float | None = setting(None, OPTIMISER, "of the atoms; none = by mode, see docs", low=0.0)
-    beta_learning_rate: float | None = setting(None, OPTIMISER, "of β; none = by mode", low=0.0)
-    token_learning_rate: float | None = setting(None, OPTIMISER, "of the new word's embedding row", low=0.0)
-    text_learning_rate: float | None = setting(None, OPTIMISER, "of the text encoder's adapter", low=0.0)
+    learning_rate: float | None = setting(
+        None, OPTIMISER, f"of what is trained in the UNet; none = by its kind: {_listed(KIND_RATES)}", low=0.0
+    )
+    beta_learning_rate: float | None = setting(None, OPTIMISER, f"of β; none = {RATES['beta']:g}", low=0.0)
+    token_learning_rate: float | None = setting(
+        None, OPTIMISER, f"of the new word's embedding row; none = {RATES['row']:g}", low=0.0
+    )
+    text_learning_rate: float | None = setting(
+        None, OPTIMISER, f"of the text encoder's adapter; none = by its kind: {_listed(TEXT_RATES)}", low=0.0
+    )
     lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps of rising learning rate", low=0)
     lr_num_cycles: int = setting(1, OPTIMISER, "restarts of cosine_with_restarts", low=1)
@@ -238,9 +252,14 @@ class OutputSettings:
     output_dir: str = setting("runs/atoms", RUN, "run folder")
     overwrite: bool = setting(False, RUN, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = setting(None, RUN, "a checkpoint file of this run, or latest")
+    strict_resume: bool = setting(False, RUN, "refuse to go on where pictures or prompts changed, not only warn")
     checkpointing_steps: int = setting(100, RUN, "optimiser steps between checkpoints", low=1)
     checkpoints_total_limit: int | None = setting(None, RUN, "how many checkpoints stay; none = all", low=1)
-    report_to: str = setting("tensorboard", MACHINE, "curves beside log.jsonl", choices=("tensorboard", "none"))
+    report_to: str = setting(
+        "tensorboard",
+        MACHINE,
+        "curves and validation pictures: trackers such as tensorboard,wandb, all installed, or none",
+    )
 
 
 @dataclass(frozen=True)

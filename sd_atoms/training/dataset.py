@@ -1,5 +1,7 @@
 """From concepts and their images to the examples and prompts of a run."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from sd_atoms.training.examples import Cropping, Examples
 from sd_atoms.training.latents import encode_images
 from sd_atoms.training.noise import generator
 
+MOST_DIGESTS = 10_000  # they are in every checkpoint, some 60 bytes each
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -23,13 +27,14 @@ class Dataset:
 
     examples: an epoch goes through all of them once. held_out: for the validation loss alone. prior: images of the
     classes, or with a teacher the training images under prompts of the class. prompts: what the examples count in;
-    the last one is empty.
+    the last one is empty. digests: `data_digests`.
     """
 
     examples: Examples
     held_out: Examples
     prior: Examples
     prompts: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def empty(self) -> int:
@@ -40,6 +45,29 @@ class Dataset:
 def class_prompts(prior: PriorSettings, concept: Concept) -> list[str]:
     """The prompts under which the prior of a concept is kept."""
     return load_prompts(prior.class_prompts_file) if prior.class_prompts_file else [concept.class_prompt]
+
+
+def data_digests(sources: Sequence[Source], prior: PriorSettings) -> dict[str, str]:
+    """Name -> digest of its content of all that a run learns from: each image with its prompts, and class prompts.
+
+    Of more than MOST_DIGESTS things there is one for all of them.
+    """
+    found = {}
+    for source in sources:
+        concept = source.concept.word or source.concept.instance_prompt
+        for image, texts in zip(source.images, image_prompts(source), strict=True):
+            found[f"{Path(image.name).name} of {concept}"] = _digest(image.digest(), *texts)
+        for image in source.class_images:
+            found[f"class picture {Path(image.name).name} of {concept}"] = _digest(image.digest())
+        if prior.prior == "teacher":
+            found[f"class prompts of {concept}"] = _digest(*class_prompts(prior, source.concept))
+    if len(found) > MOST_DIGESTS:
+        return {f"the set of {len(found):,}": _digest(*found, *found.values())}
+    return found
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def make_dataset(
@@ -98,6 +126,7 @@ def make_dataset(
         held_out=Examples(latents, own, places[~kept]),
         prior=of_prior,
         prompts=list(prompts),
+        digests=data_digests(sources, prior),
     )
 
 

@@ -140,17 +140,10 @@ def train_diffusion(
     if config.precision.mixed_precision != "no":
         pipe.vae.to(dtype=pipe.unet.dtype)  # from here on it only decodes
 
-    # what is trained is float32, whatever the base is
-    rows = None
-    if config.text.train_token_embedding:
-        row_ids = [pipe.tokenizer.convert_tokens_to_ids(token) for token in config.tokens]
-        rows = TrainedRows(pipe.text_encoder.get_input_embeddings(), row_ids).to(device)
-        pipe.text_encoder.set_input_embeddings(rows)
+    rows, plain, parameters = trained_parts(pipe, config)
     if config.loop.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()
-    plain = Denoiser(pipe.unet, pipe.text_encoder)
-    parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     adapter = [p for name, p in parameters.items() if name.startswith("unet.")]
     start, method = [mark(p) for p in adapter], config.method.chosen()
 
@@ -180,6 +173,7 @@ def train_diffusion(
         validation=config.validation,
         output=config.output,
         hooks=Hooks(begin, loss_to_compare, show),
+        data=dataset.digests,
     )
 
     # the pipeline as it was, plus what was learned
@@ -203,6 +197,18 @@ def train_diffusion(
         kept_step=progress.best_step if progress.best else None,
         rows=trained_rows,
     )
+
+
+def trained_parts(pipe, config: TrainConfig) -> tuple[TrainedRows | None, Denoiser, dict[str, nn.Parameter]]:
+    """Of a pipeline after `add_adapters`: the rows in place of the embedding table, if they are trained, the whole
+    network, and what is trained of it, float32 whatever the base is, under the names that checkpoints have."""
+    rows = None
+    if config.text.train_token_embedding:
+        row_ids = [pipe.tokenizer.convert_tokens_to_ids(token) for token in config.tokens]
+        rows = TrainedRows(pipe.text_encoder.get_input_embeddings(), row_ids).to(pipe.device)
+        pipe.text_encoder.set_input_embeddings(rows)
+    network = Denoiser(pipe.unet, pipe.text_encoder)
+    return rows, network, {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def prepare_texts(pipe, config: TrainConfig, dataset: Dataset) -> Texts:

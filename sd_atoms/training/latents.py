@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from sd_atoms.data.images import flip, to_tensor
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite, read_ahead, shared_work
+from sd_atoms.progress import progress_bar
 from sd_atoms.training.examples import Cropping, Latents, crop, fingerprint, size_of
 
 SHARD_IMAGES = 512
@@ -119,11 +119,11 @@ def _intact(folder: Path) -> Iterator[tuple[safe_open, list[str]]]:
 def _encoded(vae, records: Sequence[ImageRecord], how: Cropping) -> Iterator[Pair]:
     """In the order of the records; files are read and cropped ahead of the autoencoder."""
     cropped = read_ahead(lambda record: (record.name, crop(record, how)), records)
-    for name, image in tqdm(
-        cropped, total=len(records), desc="Latents", unit="picture", disable=None, delay=2, leave=False
-    ):
-        mirrored = _encode(vae, flip(image), name) if how.data.random_flip else None
-        yield _encode(vae, image, name), mirrored
+    with progress_bar(len(records), "Latents", "picture", delay=2, leave=False) as bar:
+        for name, image in cropped:
+            mirrored = _encode(vae, flip(image), name) if how.data.random_flip else None
+            yield _encode(vae, image, name), mirrored
+            bar.update()
 
 
 @torch.no_grad()

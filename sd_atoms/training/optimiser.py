@@ -11,11 +11,8 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods import Method
 from sd_atoms.methods.table import METHODS
 from sd_atoms.settings import replaced
-from sd_atoms.training.config import OptimiserSettings, TrainConfig
+from sd_atoms.training.config import TEXT_RATES, OptimiserSettings, TrainConfig
 
-# Those of the method come from its own table. The text encoder's are as usual elsewhere, since none stood out in a
-# sweep on the pocket base (docs/sweep.md). Prodigy finds its own rate and wants 1.
-TEXT_RATES = {"atoms": 1e-3, "lora": 1e-4}
 RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "text_learning_rate")
 
 
@@ -29,7 +26,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
         "text_learning_rate": TEXT_RATES[config.text.text_adapter],
     }
     if config.optimiser.optimizer == "prodigy":
-        usual = dict.fromkeys(usual, 1.0)
+        usual = dict.fromkeys(usual, 1.0)  # it finds its own rate and wants 1
     if method.main_kinds == ("row",) and config.optimiser.learning_rate is not None:
         usual["token_learning_rate"] = config.optimiser.learning_rate
     left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}

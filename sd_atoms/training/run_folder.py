@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ LATENTS = "latents"  # during a run, where they do not fit into memory
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 # a resumed run may differ from its start in these: they change no trained number that is already fixed
 FREE_ON_RESUME = {
-    "output_dir", "overwrite", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "checkpointing_steps",
-    "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "prompts_file",
-    "num_instance_images", "generation_batch_size", "guidance_scale", "num_inference_steps", "scheduler",
-    "clip_model_name_or_path", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "cache_dir",
-    "latents_in_memory",
+    "output_dir", "overwrite", "resume_from_checkpoint", "strict_resume", "max_train_steps", "num_train_epochs",
+    "checkpointing_steps", "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images",
+    "prompts_file", "num_instance_images", "generation_batch_size", "guidance_scale", "num_inference_steps",
+    "scheduler", "clip_model_name_or_path", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "cache_dir", "latents_in_memory",
 }  # fmt: skip
 
 
@@ -56,6 +56,36 @@ def check_output(config: TrainConfig) -> None:
                 f"output_dir: {folder} holds another run; pass --overwrite to replace it, "
                 "--resume_from_checkpoint latest to go on with it, or another --output_dir"
             )
+
+
+def check_data(output: OutputSettings, data: Mapping[str, str]) -> list[str]:
+    """What there is to say of a run that goes on with other data than its checkpoint learned from.
+
+    Args:
+        output: settings; without a checkpoint to resume there is nothing to say.
+        data: name -> digest of its content, as `Progress.data`.
+
+    Raises:
+        UserError: the same, where strict_resume is set.
+    """
+    if not output.resume_from_checkpoint:
+        return []
+    path = find_checkpoint(output.resume_from_checkpoint, Path(output.output_dir) / CHECKPOINTS)
+    before = read_header(path)[0].data
+    if not before:  # of an older version, which kept no digests
+        return []
+    changes = {
+        "new": [name for name in data if name not in before],
+        "gone": [name for name in before if name not in data],
+        "changed": [name for name in data if before.get(name, data[name]) != data[name]],
+    }
+    told = [f"{kind}: {', '.join(names[:3])}{', …' * (len(names) > 3)}" for kind, names in changes.items() if names]
+    if not told:
+        return []
+    text = f"resume_from_checkpoint: {path.name} learned from other data; {'; '.join(told)}"
+    if output.strict_resume:
+        raise UserError(f"{text}; bring back what it was, or go on without strict_resume")
+    return [f"warning: {text}"]
 
 
 def is_first_start(output: OutputSettings) -> bool:

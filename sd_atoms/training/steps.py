@@ -7,15 +7,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from sd_atoms.errors import UserError
+from sd_atoms.progress import progress_bar
 from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, set_aside_later
 from sd_atoms.training.config import LoopSettings, OptimiserSettings, OutputSettings, ValidationSettings
 from sd_atoms.training.interrupt import Interrupted, listening
@@ -49,6 +49,7 @@ def run_steps(
     validation: ValidationSettings,
     output: OutputSettings,
     hooks: Hooks,
+    data: Mapping[str, str],
 ) -> Progress:
     """Trains what requires gradients in a network, and leaves the values that are kept in it.
 
@@ -61,6 +62,7 @@ def run_steps(
         examples: how many samples make an epoch.
         loop, optimiser, validation, output: settings.
         hooks: what else is done on the way.
+        data: digests of what is learned from, for the checkpoints.
 
     Returns:
         How far the run has come; `best_step` says whose values are kept, if not the last one's.
@@ -85,6 +87,7 @@ def run_steps(
         progress = load_checkpoint(checkpoint, parameters, optimizer, accelerator.scaler)
         if bool(progress.mean) != bool(optimiser.ema_decay):
             raise UserError(f"{checkpoint}: belongs to a run with another ema_decay")
+    progress.data = dict(data)
     hooks.begin()
     if checkpoint is not None:
         if main:
@@ -98,7 +101,7 @@ def run_steps(
     earlier = read_log(folder / LOG)
     started = time.perf_counter() - (earlier[-1]["seconds"] if earlier else 0.0)
     first_step = progress.step
-    bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", disable=None if main else True)
+    bar = progress_bar(total_steps, "Training", "step", first_step, main)
     with listening() as stop, bar, open(folder / LOG if main else os.devnull, "a", encoding="utf-8") as log:
         for step in range(first_step, total_steps):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):

@@ -1,5 +1,6 @@
 """The commands as people type them."""
 
+import contextlib
 import errno
 import io
 import json
@@ -10,16 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from helpers import CASTLE
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sd_atoms.cli import main, train_main
 from sd_atoms.generation import image_notes
+from sd_atoms.pipeline import read_artefact
 from sd_atoms.sources import packaged_path
+from sd_atoms.training.adapter import open_adapter
 
 SMALL = dict(
     **CASTLE,
@@ -84,7 +89,10 @@ def test_a_run_folder_is_complete(trained):
         "checkpoint-3.safetensors",
     }
     assert (trained / "images" / "validation-000002.png").exists()
-    assert any("tfevents" in path.name for path in (trained / "logs").rglob("*"))
+    (events,) = (trained / "logs").rglob("*tfevents*")
+    shown = EventAccumulator(str(events), {"images": 0}).Reload()
+    assert {"loss", "learning_rate"} <= set(shown.Tags()["scalars"])
+    assert shown.Tags()["images"] == ["validation"]
     assert not [path for path in trained.rglob(".*") if path.is_file()]  # no temporary file stays
 
 
@@ -139,8 +147,45 @@ def test_generation_stops_and_continues_and_says_how_pictures_were_made(trained,
     (out / "prompt01-seed3.png").unlink()
     assert main(words) == 0
     assert (kept.stat().st_mtime_ns, (out / "prompt01-seed3.png").read_bytes()) == before
+    assert main([*words[:-3], "--out", str(out), "--seeds", "3"]) == 0  # another grid of the same pictures
     assert main([*words, "--guidance_scale", "5"]) == 2
     assert "exists with guidance_scale='3.0', asked is '5.0'; pass --overwrite" in capsys.readouterr().err
+
+
+def test_a_prompt_that_loses_its_placeholder_is_not_drawn(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("a house " * 40 + "by a {}\n")
+    words = ["generate", "--adapter", str(trained), "--prompts", str(tmp_path / "t.txt"), "--out", str(tmp_path / "o")]
+    assert main(words) == 2
+    assert "tokens, of 77 that are read: lost from 'house a" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_checkpoint_is_the_adapter_of_its_step(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("photo of a {}.\n")
+    checkpoints = trained / "checkpoints"
+    last, earlier = (open_adapter(str(path)) for path in (checkpoints, checkpoints / "checkpoint-2.safetensors"))
+    ours = read_artefact(trained / "adapter")
+    assert last.digest() == ours.digest() != earlier.digest()
+    assert last.about["tokens"] == ours.about["tokens"]
+    words = ["generate", "--prompts", str(tmp_path / "t.txt"), "--seeds", "0", "--out", str(tmp_path / "o")]
+    assert main([*words, "--adapter", str(checkpoints / "checkpoint-2.safetensors")]) == 0
+    assert image_notes(tmp_path / "o" / "prompt00-seed0.png")["adapter_digest"] == earlier.digest()
+    (tmp_path / "checkpoint-2.safetensors").write_bytes((checkpoints / "checkpoint-2.safetensors").read_bytes())
+    assert main([*words, "--adapter", str(tmp_path / "checkpoint-2.safetensors")]) == 2
+    assert "is read with the config.yaml of its run" in capsys.readouterr().err
+
+
+def test_a_grid_that_generate_did_not_make_is_not_replaced(trained, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("photo of a {}.\n")
+    words = ["generate", "--adapter", str(trained / "adapter"), "--prompts", str(tmp_path / "t.txt"), "--seeds", "0"]
+    own = tmp_path / "o" / "grid.png"
+    own.parent.mkdir()
+    own.write_bytes((trained / "images" / "grid.png").read_bytes())
+    assert main([*words, "--out", str(own.parent)]) == 2
+    assert f"error: {own}: exists and is no grid" in capsys.readouterr().err
+    assert list(own.parent.iterdir()) == [own]
+    assert own.read_bytes() == (trained / "images" / "grid.png").read_bytes()
+    assert main([*words, "--out", str(own.parent), "--overwrite"]) == 0
 
 
 def test_a_token_in_place_of_the_adapters_own_must_make_sense(trained, tmp_path, capsys):
@@ -217,6 +262,34 @@ def test_a_signal_saves_a_checkpoint_and_resume_equals_never_having_stopped(tmp_
     assert train_main(["--config", stopped, "--resume_from_checkpoint", "latest", "--max_train_steps", "21"]) == 0
     assert not same(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
     assert (tmp_path / "run" / "images" / "instance-00.png").read_bytes() != before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the launcher", "the whole group"])
+def test_sigterm_to_accelerate_launch_saves_a_checkpoint_and_leaves_no_process(tmp_path, whom):
+    config = write(tmp_path, max_train_steps=500, num_instance_images=1, checkpointing_steps=1000)
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "train_dreambooth_atoms.py"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launch, "--config", config],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    if whom == "the launcher":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+    child.wait(timeout=60)
+    steps = log.read_text().count("\n")
+    assert steps < 500
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"checkpoint-{steps}.safetensors"]
 
 
 @pytest.mark.slow
@@ -362,6 +435,47 @@ def test_a_bad_adapter_is_one_line_and_exit_code_2(tmp_path, capsys, kind):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("words", [["train", "--help"], ["doctor", "--help"], ["sweep", "--help"], ["inspect"]])
+def test_every_sign_is_printed_or_has_a_plain_substitute(trained, monkeypatch, words, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with contextlib.suppress(SystemExit):  # --help ends by it
+        assert main([*words, str(trained)] if words == ["inspect"] else words) == 0
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert "?" not in text
+    assert ("of beta" if words[0] == "train" else "|dF|" if words[0] == "inspect" else "...") in text or (
+        encoding == "cp1252" and "…" in text
+    )
+
+
+@pytest.mark.slow
+def test_a_locale_that_can_name_no_such_file_is_one_line_at_the_start(tmp_path):
+    settings = dict(placeholder_token="<été>", instance_prompt="an <été>", output_dir=str(tmp_path / "run"))
+    environment = dict(os.environ, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C", PYTHONPATH=os.getcwd())
+    run = subprocess.run(
+        [sys.executable, "-m", "sd_atoms", "train", "--config", write(tmp_path, **settings)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: placeholder_token: the locale (ascii) can name no file 'ete'")
+    assert len(run.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("top", ["1", "0"])
+def test_a_reader_that_leaves_early_is_no_error(trained, monkeypatch, capsys, top):
+    """sd-atoms inspect … | head -1"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["inspect", str(trained), "--top", top]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
 def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         train_main(["--help"])
@@ -371,6 +485,8 @@ def test_help_lists_every_setting(capsys):
         assert flag in text
     groups = ("model:", "data:", "token and text encoder:", "prior preservation:", "adapter:", "run:", "objective:",
               "optimiser:", "validation:", "pictures at the end:", "precision and logging:", "sharing:")  # fmt: skip
+    assert "by its kind: atoms 0.01, block 0.01, lora 0.0001" in " ".join(text.split())
+    assert "embedding row; none = 0.001" in " ".join(text.split())
     places = [text.index(f"\n{group}\n") for group in groups]
     assert places == sorted(places)
     assert len(text[: places[0]].splitlines()) < 12

@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 from sd_atoms import load_atoms
 from sd_atoms.cli import main, train_main
 from sd_atoms.commands.share import write_share_folder
-from sd_atoms.errors import UserError
+from sd_atoms.commands.train import check_hub
+from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.generation import image_notes
 from sd_atoms.pipeline import artefact, open_base, read_artefact
 from sd_atoms.pipeline import hub as hub_module
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import SCORES, AdapterFile, CardImage, model_card
 from sd_atoms.sources import packaged_path, public_name
+from sd_atoms.training.config import HubSettings
 
 TEMPLATES = ["photo of a {}."] + [f"The {{}} number {number}." for number in range(9)]
 
@@ -321,6 +323,33 @@ def test_a_hub_that_fails_is_one_line_and_leaves_the_folder(run, hub, capsys, er
     assert read_artefact(run / "share").layers
     with pytest.raises(UserError, match="pass --hub_model_id owner/name"):
         own_repo_id(run)
+
+
+HUB = HubSettings(push_to_hub=True)
+
+
+def test_login_and_name_are_checked_before_a_training(tmp_path, hub, monkeypatch):
+    check_hub(HUB, tmp_path)
+    check_hub(dataclasses.replace(HUB, hub_model_id="someone/castle"), tmp_path)
+    with pytest.raises(UserError, match="hub_model_id: 'other/castle' is not of those that are logged in: someone"):
+        check_hub(dataclasses.replace(HUB, hub_model_id="other/castle"), tmp_path)
+    with pytest.raises(UserError, match="is not of the form owner/name"):
+        check_hub(dataclasses.replace(HUB, hub_model_id="castle"), tmp_path)
+    with monkeypatch.context() as patch:
+        token = {"accessToken": {"role": "read"}}
+        patch.setattr(hub, "whoami", lambda self: {"name": "someone", "auth": token})
+        with pytest.raises(UserError, match="may only read"):
+            check_hub(HUB, tmp_path)
+    hub.error = LocalTokenNotFoundError("no token")
+    with pytest.raises(UserError, match="push_to_hub: log in with `hf auth login` first"):
+        check_hub(HUB, tmp_path)
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled("offline"), ConnectionError("no route")])
+def test_a_training_starts_without_network_after_a_warning(tmp_path, hub, error):
+    hub.error = error
+    with pytest.warns(AtomsWarning, match="push_to_hub: the hub cannot be reached now .*tried at the end"):
+        check_hub(HUB, tmp_path)
 
 
 def broken(run, what):

@@ -63,6 +63,19 @@ def test_some_captions_in_text_files_and_the_others_in_metadata_are_fine(folder)
     assert [folder_captions(folder, _paths(folder))[path] for path in _paths(folder)] == ["one", "two", "three"]
 
 
+def test_caption_and_upper_case_txt_files_are_read_too(folder):
+    for name in ("a.TXT", "b.caption", "c.Caption"):
+        (folder / name).write_text(name, encoding="utf-8")
+    assert list(folder_captions(folder, _paths(folder)).values()) == ["a.TXT", "b.caption", "c.Caption"]
+    assert [file.name for file in caption_files(folder, _paths(folder))] == ["a.TXT", "b.caption", "c.Caption"]
+
+
+def test_two_caption_files_of_one_picture_are_named(folder):
+    for name in ("a.txt", "a.caption", "b.txt", "c.txt"):
+        (folder / name).write_text("x", encoding="utf-8")
+    assert "a.png has 2 caption files, a.txt, a.caption; expected one" in _message(folder)
+
+
 def test_pictures_of_one_stem_share_a_text_file(tmp_path):
     (tmp_path / "a.txt").write_text("both")
     assert set(folder_captions(tmp_path, [tmp_path / "a.png", tmp_path / "a.jpg"]).values()) == {"both"}

@@ -1,13 +1,15 @@
+import importlib.util
 import io
 import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from sd_atoms.data import images
 from sd_atoms.data.images import fit, flip, ignored_notes, read_image, scan_folder, to_tensor, to_unit
+from sd_atoms.data.records import image_record, image_stats
 from sd_atoms.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -281,7 +283,7 @@ def _bad_files(folder):
         "truncated.jpg": "truncated",
         "text.png": "no picture",
         "empty.jpg": "0 bytes",
-        "photo.heic": "this Pillow",
+        "photo.heic": "HEIC",
         "1x1.png": "1 x 1 px is too small; at least 16 px",
         "thin.png": "400 x 15 px",
         "vector.png": "EPS",
@@ -306,6 +308,28 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
     monkeypatch.setattr(images, "_opaque_srgb", lambda image: pytest.fail("decoded"))
     with pytest.raises(UserError, match="million pixels"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_heic_photo_is_opened_or_names_the_package_that_opens_it(tmp_path):
+    path = tmp_path / "a.heic"
+    if importlib.util.find_spec("pillow_heif") is None:
+        path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+        with pytest.raises(UserError, match=r"a\.heic: is a HEIC picture; `pip install pillow-heif`"):
+            read_image(path)
+    else:
+        Image.new("RGB", (64, 32), "red").save(path)
+        assert read_image(path).size == (64, 32)
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed text", "international text"])
+def test_long_text_in_a_png_costs_no_pixel(tmp_path, kind):
+    image = Image.new("RGB", (32, 16), "red")
+    note = PngImagePlugin.PngInfo()
+    add = note.add_itxt if kind == "international text" else note.add_text
+    add("workflow", "x" * 2_000_000, zip=kind != "text")
+    image.save(tmp_path / "a.png", pnginfo=note)
+    assert read_image(tmp_path / "a.png").tobytes() == image.tobytes()
+    assert image_stats(image_record(tmp_path / "a.png")).size == (32, 16)
 
 
 def test_16_px_is_just_large_enough(tmp_path):

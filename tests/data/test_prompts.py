@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from sd_atoms.data.prompts import MOST_SEEDS, fill, load_templates, parse_seeds
-from sd_atoms.errors import UserError
+from sd_atoms.data.prompts import MOST_SEEDS, check_lengths, fill, load_templates, parse_seeds
+from sd_atoms.errors import AtomsWarning, UserError
 
 FEW_SHOT = Path(__file__).parents[2] / "prompts" / "few_shot.txt"
 
@@ -102,3 +102,11 @@ def test_seeds_that_make_no_sense_are_refused(text, problem):
         parse_seeds(text)
     assert problem in str(error.value)
     assert str(error.value).startswith("seeds ")
+
+
+def test_a_cut_prompt_is_a_warning_and_a_cut_placeholder_an_error(pipe):
+    pipe.tokenizer.add_tokens(["<castle>"])
+    with pytest.warns(AtomsWarning, match="of 77 that are read: lost from 'by a lake' on"):
+        check_lengths(pipe.tokenizer, ["<castle> " + "a " * 74 + "by a lake", "a <castle>"])
+    with pytest.raises(UserError, match="prompt 'a a .* lost from '<castle>' on, and <castle> with it"):
+        check_lengths(pipe.tokenizer, ["a " * 75 + "<castle>"])

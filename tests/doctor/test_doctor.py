@@ -12,7 +12,7 @@ from helpers import CASTLE, train_config
 from PIL import Image
 
 from sd_atoms.cli import main
-from sd_atoms.data.concepts import Source
+from sd_atoms.data.concepts import Source, find_images
 from sd_atoms.data.config import Concept
 from sd_atoms.data.records import ImageStats, image_record, image_stats
 from sd_atoms.doctor import Finding, examine, preflight, report
@@ -192,12 +192,31 @@ def test_a_long_prompt_and_the_first_words_that_are_lost(pocket):
     tokenizer = with_words(pocket.tokenizer, ["<castle>"])
     found = long_prompts(tokenizer, {text: "instance_prompt", "a castle": "validation_prompt"})
     one(found, "warning", "instance_prompt: ", "has 81 tokens, of 77 that are read: lost from 'castle in the snow' on")
-    (found,) = long_prompts(tokenizer, {"a " * 72 + "qqqqqq by <castle>": "instance_prompt"})
-    assert found.text.endswith("lost from 'qqqqqq by <castle>' on")
+    (found,) = long_prompts(tokenizer, {"a " * 72 + "qqqqqq by a lake": "instance_prompt"})
+    assert found.text.endswith("lost from 'qqqqqq by a lake' on")
     found = long_prompts(pocket.tokenizer, {f"{number} {text}": "captions" for number in range(9)})
     assert [finding.about for finding in found] == ["captions"] * 3 + ["prompts"]
     assert found[-1].text == "6 more are cut too"
     assert long_prompts(pocket.tokenizer, {"a " * 74 + "castle": "instance_prompt"}) == []
+
+
+def test_a_new_word_that_is_cut_off_is_an_error_and_one_that_stays_is_not(pocket):
+    tokenizer = with_words(pocket.tokenizer, ["<castle>", "<canal>"])
+    found = long_prompts(tokenizer, {"a " * 75 + "<castle> by a <canal>": "caption of 1.png"})
+    one(found, "error", "caption of 1.png: ", "lost from '<castle> by a <canal>' on, and <castle> <canal> with it")
+    one(long_prompts(tokenizer, {"<castle> " + "a " * 76 + "<castle>": "caption of 1.png"}), "warning")
+
+
+def test_captions_that_lack_the_placeholder_are_named(tmp_path):
+    for name, caption in (("1", "a <castle>"), ("2", "a house"), ("3", "a {} at night")):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    config = config_of(instance_data_dir=str(tmp_path), captions=True)
+    sources, _ = find_images(config.data, config.all_concepts)
+    _, findings = run_prompts(config, sources)
+    one(
+        findings, "warning", f"captions: <castle> is not in 1 caption: of {tmp_path / '2.png'}; write <castle> or {{}}"
+    )
 
 
 def test_how_an_initializer_is_split(pocket):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sd_atoms.data.config import Concept
 from sd_atoms.errors import UserError
 from sd_atoms.training.checkpoint import Progress, checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 from sd_atoms.training.denoiser import TrainedRows
+from sd_atoms.training.interrupt import listening
 from sd_atoms.training.noise import generator, image_number, sample_noise, sample_numbers
 from sd_atoms.training.objective import losses, noising, offset, prediction_target, snr_weights
 from sd_atoms.training.optimiser import (
@@ -411,3 +414,13 @@ def test_half_a_last_line_of_a_log_is_no_entry(tmp_path):
     cut_log(log, 3)
     assert [entry["step"] for entry in read_log(log)] == [1, 2, 3]
     assert log.read_text().endswith("\n")
+
+
+def test_a_second_signal_ends_a_run_at_once_and_the_launchers_death_is_no_second_one(monkeypatch):
+    with listening() as stop:
+        assert stop.signal_number == 0
+        monkeypatch.setattr("sd_atoms.training.interrupt._orphaned", SimpleNamespace(is_set=lambda: True))
+        assert stop.signal_number == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)

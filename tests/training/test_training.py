@@ -198,7 +198,7 @@ def test_captions_that_are_asked_for_and_not_there_are_an_error(tmp_path, capsys
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "captions": True, "output_dir": str(tmp_path / "run")}))
     assert train_main(["--config", str(path)]) == 2
-    assert "captions: pocket:castle holds neither NAME.txt files" in capsys.readouterr().err
+    assert "captions: pocket:castle holds neither NAME.txt or NAME.caption files" in capsys.readouterr().err
 
 
 def test_a_table_of_datasets_trains_as_a_folder_does(tmp_path):
@@ -556,6 +556,21 @@ def test_latest_without_a_checkpoint_begins_at_the_start(tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
     shutil.rmtree(first / "adapter")  # as if killed before its first checkpoint
     assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_data_that_changed_since_the_checkpoint_are_named_and_refused_if_asked_for(tmp_path, capsys):
+    folder = photos(tmp_path / "photos", [(128, 128)] * 3)
+    first = run(tmp_path / "run", instance_data_dir=str(folder))
+    words = ["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    shutil.copy(folder / "0.png", folder / "1.png")
+    (folder / "2.png").rename(folder / "3.png")
+    assert train_main([*words, "--strict_resume"]) == 2
+    told = "new: 3.png of <castle>; gone: 2.png of <castle>; changed: 1.png of <castle>"
+    assert f"checkpoint-2.safetensors learned from other data; {told};" in capsys.readouterr().err
+    assert len(log(first)) == 2
+    assert train_main(words) == 0
+    assert f"learned from other data; {told}" in capsys.readouterr().out
+    assert train_main([*words, "--strict_resume", "--max_train_steps", "4"]) == 0  # the same as its last checkpoint
 
 
 def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path, capsys):

@@ -1,0 +1,73 @@
+"""What a training makes: the adapter's header, and the adapter of a checkpoint, so that people can pick the step."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from sd_atoms.errors import UserError
+from sd_atoms.pipeline import open_base, read_artefact, save_adapter
+from sd_atoms.pipeline.artefact import Artefact
+from sd_atoms.pipeline.header import Header
+from sd_atoms.settings import replaced, resolve
+from sd_atoms.training.checkpoint import NAME, checkpoints, kept_values
+from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.diffusion import add_adapters, trained_parts
+from sd_atoms.training.optimiser import load_values
+from sd_atoms.training.run_folder import CONFIG
+
+
+def header(config: TrainConfig, **training) -> Header:
+    """What the adapter's file says of its making; `training`: how it went."""
+    return Header(
+        method=config.method.chosen().name,
+        base=config.base.pretrained_model_name_or_path,
+        tokens={
+            token: word
+            for concept in config.all_concepts
+            for token, word in zip(concept.tokens, concept.initializers, strict=True)
+        },
+        instance_prompt=config.all_concepts[0].instance_prompt,
+        sampling=replace(config.images.sampling, resolution=config.data.resolution),
+        training=training | {"learning_rate": config.optimiser.learning_rate, "seed": config.loop.seed},
+    )
+
+
+def open_adapter(source: str, base: str | None = None) -> Artefact:
+    """Reads an adapter as `read_artefact` does, or that of a checkpoint.
+
+    Args:
+        source: what `read_artefact` takes, a checkpoint inside its run folder, or the folder of checkpoints for the
+            last one.
+        base: where the run's base is now; None = where it was.
+
+    Raises:
+        UserError: there is none, it is corrupt, or the checkpoint's run cannot be told.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and checkpoints(path):
+        path = checkpoints(path)[-1]
+    if not (path.is_file() and NAME.fullmatch(path.name)):
+        return read_artefact(source)
+    settings = next((folder / CONFIG for folder in path.resolve().parents[:3] if (folder / CONFIG).is_file()), None)
+    if settings is None:
+        raise UserError(
+            f"{path}: a checkpoint is read with the {CONFIG} of its run, which is not in a folder above it"
+        )
+    config = resolve(TrainConfig, {}, str(settings), [])
+    if base is not None:
+        config = replaced(config, pretrained_model_name_or_path=base)
+    pipe = open_base(
+        config.base.pretrained_model_name_or_path, revision=config.base.revision, variant=config.base.variant
+    )
+    add_adapters(pipe, config)
+    rows, _, parameters = trained_parts(pipe, config)
+    step, values = kept_values(path, parameters)
+    load_values(parameters, values)
+    tokens = config.tokens
+    if rows is not None:
+        pipe.text_encoder.set_input_embeddings(rows.write_back())
+        tokens = dict(zip(config.tokens, rows.rows.detach(), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        save_adapter(pipe, file, tokens=tokens, about=header(config, steps=step).entries())
+        return replace(read_artefact(file), source=source)
