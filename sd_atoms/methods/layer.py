@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sd_atoms.atoms import mixing_dtype
+from sd_atoms.errors import UserError
 from sd_atoms.tuner.shared import Strengths
 
 
@@ -83,6 +84,11 @@ class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
         return self._adapted(active, args, kwargs)
 
     def _adapted(self, active: list[str], args: tuple, kwargs: dict) -> Any:
+        if next(self.base_layer.parameters()).is_meta:
+            raise UserError(
+                f"{type(self).__name__}: its layers cannot be computed while their weights are offloaded; use "
+                "enable_model_cpu_offload, or fuse the adapter (pipe.fuse_lora()) before offloading"
+            )
         with _full_precision(next(self.base_layer.parameters())):
             values = {name: value.to(self.original(name).dtype) for name, value in self.values(active).items()}
         return functional_call(self.base_layer, values, args, kwargs) if values else self.base_layer(*args, **kwargs)
@@ -118,7 +124,7 @@ class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
             return
         for name, original in self._originals.items():
             parameter = getattr(self.base_layer, name)
-            parameter.data = original.to(parameter.device)
+            parameter.data = original.to(parameter)  # which may have been moved and cast meanwhile
         self._originals.clear()
         self.merged_adapters.clear()
 

@@ -19,6 +19,7 @@ from sd_atoms.methods.adapters import add_adapter, set_adapters
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import (
+    TEXT,
     Artefact,
     by_layer,
     layer_and_part,
@@ -33,6 +34,7 @@ from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap
 
 # peft_type -> how other numbers are checked and written over those of a loaded adapter, in place
 SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}
+TOKEN_OWNERS = "_sd_atoms_token_owners"  # in the text encoder: placeholder -> adapters that it came with
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "peft")
 
 
@@ -63,7 +65,8 @@ def save_adapter(
         The path written. Every file appears whole or not at all.
 
     Raises:
-        UserError: no such adapter, an unknown dtype, or the place cannot be written to.
+        UserError: no such adapter, one that is not finite, an unknown dtype, the pipeline is offloaded to the meta
+            device, or the place cannot be written to.
     """
     config, state = _part(pipe, "unet", adapter_name)
     if config is None and not tokens:
@@ -72,11 +75,13 @@ def save_adapter(
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     about = dict(about or {})
     if config is not None:
-        about["fingerprint"] = to_text(_fingerprint(base_weights(pipe.unet, touched_layers(pipe.unet, state))))
+        unet = network(pipe, "unet")
+        about["fingerprint"] = to_text(_fingerprint(base_weights(unet, touched_layers(unet, state))))
     about["versions"] = {name: version(name) for name in LIBRARIES}
     text_config, text_state = _part(pipe, "text_encoder", adapter_name)
     rows = dict(tokens) if isinstance(tokens, Mapping) else placeholder_rows(pipe, list(tokens))
     artefact = Artefact(config, state, rows, about, text_config, text_state)
+    _check_finite(artefact, f"adapter_name: {adapter_name!r}")
     return write_artefact(artefact, path, DTYPES[dtype])
 
 
@@ -134,7 +139,8 @@ def load_adapter(
     Raises:
         UserError: the adapter cannot be read, the name is taken (with `hotswap`: is not, or the two adapters are of
             different kinds), layers or shapes do not fit this base, the method means nothing on another base than its
-            own and this is one, or a token is there with another row.
+            own and this is one, a token is there with another row (other than one that came with adapters deleted
+            since), a number is not finite, or the pipeline is offloaded to the meta device.
 
     Warns:
         AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance.
@@ -142,26 +148,26 @@ def load_adapter(
     artefact = source if isinstance(source, Artefact) else read_artefact(source, revision)
     label, config, text_config = artefact.source, artefact.config, artefact.text_config
     _check_name(pipe, artefact, adapter_name, hotswap)
+    _check_finite(artefact, label)
+    unet, text_encoder = network(pipe, "unet"), network(pipe, "text_encoder")
     if config is not None:
-        _check_layers(label, "this base", pipe.unet, config, artefact.state)
+        _check_layers(label, "this base", unet, config, artefact.state)
     if text_config is not None:
-        _check_layers(label, "this base's text encoder", pipe.text_encoder, text_config, artefact.text_state)
+        _check_layers(label, "this base's text encoder", text_encoder, text_config, artefact.text_state)
     if hotswap:
         try:
-            _check_swap(pipe.unet, adapter_name, config, artefact.state)
+            _check_swap(unet, adapter_name, config, artefact.state)
             if text_config is not None:
-                _check_swap(pipe.text_encoder, adapter_name, text_config, artefact.text_state)
+                _check_swap(text_encoder, adapter_name, text_config, artefact.text_state)
         except ValueError as error:
             raise UserError(f"{label}: {error}") from error
-    check_placeholder_rows(pipe, artefact.tokens, replace=hotswap)
+    replace = artefact.tokens if hotswap else _left_over(pipe, adapter_name)
+    check_placeholder_rows(pipe, artefact.tokens, replace)
     if config is not None:
-        _check_base(artefact, base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state)))
+        _check_base(artefact, base_weights(unet, touched_layers(unet, artefact.state)))
 
-    add_placeholder_tokens(pipe, artefact.tokens, replace=hotswap)
-    parts = [
-        (pipe.unet, config, artefact.state),
-        (getattr(pipe, "text_encoder", None), text_config, artefact.text_state),
-    ]
+    _own_tokens(pipe, artefact.tokens, adapter_name, replace)
+    parts = [(unet, config, artefact.state), (text_encoder, text_config, artefact.text_state)]
     for model, own, state in parts:
         if own is None:
             if model is not None and not hotswap:
@@ -180,8 +186,58 @@ def _part(pipe, part: str, adapter_name: str) -> tuple[PeftConfig | None, dict[s
     config = _adapters(pipe, part).get(adapter_name)
     if config is None:
         return None, {}
-    model = getattr(pipe, part)
+    model = network(pipe, part)
     return config, get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def network(pipe, part: str) -> nn.Module | None:
+    """A part of the pipeline, None where it lacks it; of a compiled one the module within.
+
+    Raises:
+        UserError: its weights are on the meta device.
+    """
+    model = getattr(pipe, part, None)
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps it, and puts this before every name
+    if model is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"{part}: it is offloaded, its weights are not in place; call pipe.remove_all_hooks() or accelerate's "
+            f"remove_hook_from_submodules(pipe.{part}), load, swap or save the adapter, then offload again"
+        )
+    return model
+
+
+def _left_over(pipe, adapter_name: str) -> list[str]:
+    """Placeholders that came with adapters which have been deleted since, `adapter_name` being about to be anew."""
+    loaded = {*_adapters(pipe, "unet"), *_adapters(pipe, "text_encoder")} - {adapter_name}
+    owners = getattr(network(pipe, "text_encoder"), TOKEN_OWNERS, {})
+    return [token for token, names in owners.items() if not names & loaded]
+
+
+def _own_tokens(pipe, rows: Mapping[str, torch.Tensor], adapter_name: str, replace: Collection[str]) -> None:
+    """Adds the placeholders, and notes that they came with this adapter."""
+    if not rows:
+        return
+    before = pipe.tokenizer.get_vocab()
+    add_placeholder_tokens(pipe, rows, replace)
+    model = network(pipe, "text_encoder")
+    owners = getattr(model, TOKEN_OWNERS, {})
+    setattr(model, TOKEN_OWNERS, owners)
+    loaded = {*_adapters(pipe, "unet"), *_adapters(pipe, "text_encoder")}
+    for token in rows:
+        if token in owners or token not in before:  # a word that the pipeline had by itself stays its own
+            owners[token] = owners.get(token, set()) & loaded | {adapter_name}
+
+
+def _check_finite(artefact: Artefact, label: str) -> None:
+    text = {f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}
+    rows = {f"token {token}": row for token, row in artefact.tokens.items()}
+    tensors = {**artefact.state, **text, **rows}
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(
+            f"{label}: {len(broken)} of its {len(tensors)} tensors hold numbers that are not finite "
+            f"({', '.join(broken[:3])}{', …' if len(broken) > 3 else ''})"
+        )
 
 
 def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:

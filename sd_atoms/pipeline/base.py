@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import diffusers
 import torch
@@ -12,6 +13,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_path, resolve_source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def open_base(
@@ -36,10 +38,18 @@ def open_base(
     """
     quiet_unless_terminal()
     source = str(packaged_path(name) or resolve_source(name, "pretrained_model_name_or_path"))
+    if os.path.isfile(source):
+        raise UserError(
+            f"{name}: it is a file, and a base is a folder; make one with "
+            "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder), then pass the folder"
+        )
     try:
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise UserError(f"{name}: it is a {kind}; a StableDiffusionPipeline (v1 or v2) is needed")
+        lacking = [part for part in PARTS if os.path.isdir(source) and not os.path.isdir(os.path.join(source, part))]
+        if lacking:  # of a tokenizer, the library makes an empty one without a word
+            raise UserError(f"{name}: it lacks {', '.join(f'{part}/' for part in lacking)}; copy it from its original")
         pipe = StableDiffusionPipeline.from_pretrained(
             source,
             revision=revision,
@@ -50,8 +60,8 @@ def open_base(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {_reason(source, error)}") from error
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{name}: {_reason(source, variant, error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -63,8 +73,11 @@ def quiet_unless_terminal() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _reason(source: str, error: Exception) -> str:
+def _reason(source: str, variant: str | None, error: Exception) -> str:
     if os.path.isdir(source):
+        variants = {file.name.split(".")[-2] for file in Path(source, "unet").glob("*.*.safetensors")}
+        if variants and variant not in variants:
+            return f"its weights are of variant {', '.join(sorted(variants))} only; pass --variant {min(variants)}"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"cannot be opened as a pipeline folder with safetensors files ({first_line})"
     return (

@@ -1,7 +1,7 @@
 """Placeholder tokens such as <castle>: one new entry of the tokenizer and one new row of the text encoder."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -65,7 +65,7 @@ def check_new_token(pipe, token: str, among: Sequence[str] = ()) -> None:
             )
 
 
-def check_placeholder_rows(pipe, rows: Mapping[str, torch.Tensor], replace: bool = False) -> None:
+def check_placeholder_rows(pipe, rows: Mapping[str, torch.Tensor], replace: Collection[str] = ()) -> None:
     """Whether `add_placeholder_tokens` can take the same.
 
     Raises:
@@ -81,13 +81,15 @@ def check_placeholder_rows(pipe, rows: Mapping[str, torch.Tensor], replace: bool
             raise UserError(
                 f"token {token}: its embedding has {row.numel()} numbers, the text encoder takes {embeddings.shape[1]}"
             )
-        if token in pipe.tokenizer.get_vocab() and not (replace and token in pipe.tokenizer.get_added_vocab()):
+        if token in pipe.tokenizer.get_vocab() and not (
+            token in replace and token in pipe.tokenizer.get_added_vocab()
+        ):
             known = embeddings[pipe.tokenizer.convert_tokens_to_ids(token)].detach()
             if not torch.equal(known.cpu(), row.to(known.dtype).cpu()):
                 raise UserError(f"token {token}: the pipeline has it already with another embedding")
 
 
-def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool = False) -> None:
+def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: Collection[str] = ()) -> None:
     """Makes `pipe` know the tokens; all other rows stay bit for bit as they are.
 
     A token that the pipeline has already with the same row is passed over.
@@ -95,7 +97,7 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool
     Args:
         pipe: a pipeline with `tokenizer` and `text_encoder`.
         rows: token -> embedding row (d,).
-        replace: an added token that exists with another row gets the new one.
+        replace: added tokens that may exist with another row; they get the new one.
 
     Raises:
         UserError: a token exists with another row, or a row does not fit the text encoder; nothing is changed then.
@@ -113,7 +115,7 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: bool
         pipe.text_encoder.get_input_embeddings().weight.requires_grad_(trainable)
     weight = pipe.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
-        for token in rows if replace else new:
+        for token in (token for token in rows if token in new or token in replace):
             weight[pipe.tokenizer.convert_tokens_to_ids(token)] = rows[token].to(weight)
 
 

@@ -24,6 +24,7 @@ from sd_atoms.atoms import (
     sparse_coefficients,
     svd_atoms,
 )
+from sd_atoms.errors import UserError
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels
@@ -250,9 +251,10 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (not finite)"
             )
+        weight = self.get_base_layer().weight
         if self._original_weight is None:
-            self._original_weight = self.get_base_layer().weight.data
-        self.get_base_layer().weight.data = merged
+            self._original_weight = weight.data
+        weight.data = merged.to(weight)  # cast since an earlier merge, its dtype holds
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -261,7 +263,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
-        weight.data = self._original_weight.to(weight.device)
+        weight.data = self._original_weight.to(weight)  # which may have been moved and cast meanwhile
         self._original_weight = None
         self.merged_adapters.clear()
 
@@ -291,8 +293,17 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         """The layer with its active adapters; shapes as of the layer."""
         layer = self.get_base_layer()
         weight, bias = layer.weight, layer.bias
+        if weight.is_meta and not x.is_meta:
+            return self._onloaded(x, *args, **kwargs)
+        # diffusers' layer-wise casting: the base layer's hook would cast, but only when the layer itself is called
+        cast = weight.dtype != x.dtype and hasattr(layer, "_diffusers_hook")
         # first, since small layers are as quick as a few look-ups
-        if self._cached is not None and not torch.is_grad_enabled() and is_valid(self._cached, self, weight):
+        if (
+            self._cached is not None
+            and not cast
+            and not torch.is_grad_enabled()
+            and is_valid(self._cached, self, weight)
+        ):
             return self._plain(x, self._cached.effective, bias)
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -302,13 +313,29 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         delta_is_zero = self._all_zero(active)
         if delta_is_zero and not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        if not torch.is_grad_enabled() and is_cached(weight) and self.form[active[0]] == "auto":
+        if not torch.is_grad_enabled() and not cast and is_cached(weight) and self.form[active[0]] == "auto":
             self._cached = cache_weight(self, active, weight)
             return self._plain(x, self._cached.effective, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        elif cast:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], delta_is_zero)
+
+    def _onloaded(self, *args, **kwargs) -> torch.Tensor:
+        """`forward` with what accelerate offloaded brought in: its hooks fire only where a module itself is called."""
+        hooked = [module for module in self.modules() if hasattr(module, "_hf_hook")]
+        if not hooked:
+            raise UserError("the network is on the meta device, without weights; load them first")
+        for module in hooked:
+            module._hf_hook.pre_forward(module)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self._cached = None  # what is offloaded shall not stay in memory
+            for module in hooked:
+                module._hf_hook.post_forward(module, None)
 
     def _plain(self, x, weight, bias) -> torch.Tensor:
         raise NotImplementedError

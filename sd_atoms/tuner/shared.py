@@ -12,6 +12,8 @@ ERRORS_SHOWN = 4
 class Strengths:
     """The strengths of a layer's adapters, `scaling`, by the calls that PEFT and diffusers make."""
 
+    cast_input_dtype_enabled = True  # diffusers switches it, as LoRA's, for layer-wise casting; inputs are never cast
+
     scaling: dict[str, float]
 
     def initial_scale(self, adapter: str) -> float:

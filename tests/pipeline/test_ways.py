@@ -1,0 +1,171 @@
+"""What people do to a pipeline before and after adapters are loaded into it."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from safetensors.torch import load_file
+
+from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
+from sd_atoms.pipeline import open_base
+from sd_atoms.pipeline.tokens import add_placeholder_tokens
+from sd_atoms.tuner import AtomsLayer
+from tests.tiny import write_tiny_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def tiny(base):
+    return open_base(str(base))
+
+
+@pytest.fixture(scope="module")
+def files(base, tmp_path_factory):
+    """Two adapters for one word."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed in (1, 2):
+        pipe, generator = open_base(str(base)), torch.Generator().manual_seed(seed)
+        add_placeholder_tokens(pipe, {"<castle>": torch.randn(16, generator=generator)})
+        pipe.unet.add_adapter(AtomsConfig(m=9))
+        for layer in pipe.unet.modules():
+            if isinstance(layer, AtomsLayer):
+                delta = layer.atoms_delta["default"]
+                delta.data.add_(0.1 * torch.randn(delta.shape, generator=generator))
+        save_atoms(pipe, folder / f"{seed}.safetensors", tokens=["<castle>"])
+    return folder / "1.safetensors", folder / "2.safetensors"
+
+
+def draw(pipe, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=generator).to(dtype)
+    with torch.no_grad():
+        ids = pipe.tokenizer("a <castle>", padding="max_length", return_tensors="pt").input_ids
+        return pipe.unet(latents, 10, pipe.text_encoder(ids)[0].to(dtype)).sample
+
+
+def compiled(pipe):
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def compiled_in_place(pipe):
+    pipe.unet.compile(backend="eager")
+
+
+def cast(pipe):
+    pipe.to(torch.bfloat16)
+
+
+def layerwise(pipe):
+    pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)
+
+
+def offloaded(pipe):
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+
+
+def fused(pipe):
+    pipe.fuse_lora()
+
+
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in (compiled, compiled_in_place)]
+WAYS = [*SLOW, cast, layerwise, offloaded, fused, copy.deepcopy]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", None))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_picture_is_the_plain_ways_or_one_line_says_what_to_do(way, when, tiny, files):
+    plain = copy.deepcopy(tiny)
+    load_atoms(plain, files[0])
+    expected = draw(plain)
+    if (way, when) == (fused, "before"):
+        pytest.skip("nothing is there to fuse")
+    try:
+        if when == "after":
+            load_atoms(tiny, files[0])
+        tiny = way(tiny) or tiny
+        if when == "before":
+            load_atoms(tiny, files[0])
+        got = draw(tiny, tiny.unet.dtype if way is cast else torch.float32)
+    except UserError as error:
+        if (way, when) != (offloaded, "before") or "\n" in str(error):
+            raise
+        return
+    tolerance = 0.05 if way in (cast, layerwise) else 1e-5
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+def test_a_compiled_network_is_saved_swapped_and_loaded_as_the_plain_one(tiny, files, tmp_path):
+    compiled(tiny)
+    load_atoms(tiny, files[0])
+    file = save_atoms(tiny, tmp_path / "again.safetensors", tokens=["<castle>"])
+    assert all(torch.equal(value, load_file(files[0])[key]) for key, value in load_file(file).items())
+    assert not any(
+        "_orig_mod" in key for key in load_file(save_atoms(tiny, tmp_path / "a") / "adapter_model.safetensors")
+    )
+    load_atoms(tiny, files[1], hotswap=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unfusing_gives_the_bits_of_the_base_in_its_present_dtype(tiny, files, dtype):
+    original = {name: value.to(dtype) for name, value in tiny.unet.state_dict().items()}
+    load_atoms(tiny, files[0])
+    tiny.fuse_lora()
+    tiny.to(dtype)
+    tiny.unfuse_lora()
+    weights = {name.replace("base_layer.", ""): value for name, value in tiny.unet.state_dict().items()}
+    assert all(torch.equal(weights[name], value) for name, value in original.items())
+    tiny.fuse_lora()
+    tiny.to(torch.float32)
+    tiny.unet.disable_adapters()
+    assert draw(tiny).isfinite().all()
+
+
+def test_a_deleted_adapters_word_may_come_with_another_row(tiny, files, base):
+    load_atoms(tiny, files[0], "first")
+    with pytest.raises(UserError, match="another embedding"):
+        load_atoms(tiny, files[1], "second")
+    tiny.delete_adapters("first")
+    load_atoms(tiny, files[1], "second")
+    plain = open_base(str(base))
+    load_atoms(plain, files[1])
+    assert torch.equal(draw(tiny), draw(plain))
+
+
+def test_an_offloaded_network_says_in_which_order_to_load(tiny, files):
+    offloaded(tiny)
+    with pytest.raises(UserError, match="unet: it is offloaded"):
+        load_atoms(tiny, files[0])
+    remove_hook_from_submodules(tiny.unet)
+    load_atoms(tiny, files[0])
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tiny, files, tmp_path):
+    load_atoms(tiny, files[0])
+    next(layer for layer in tiny.unet.modules() if isinstance(layer, AtomsLayer)).atoms_delta["default"].data[0] = (
+        torch.nan
+    )
+    with pytest.raises(UserError, match="not finite .*atoms_delta"):
+        save_atoms(tiny, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bases_of_other_forms_are_named_with_what_helps(tiny, tmp_path):
+    for name in ("model.safetensors", "model.ckpt"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match="it is a file.*from_single_file"):
+            open_base(str(tmp_path / name))
+    tiny.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(UserError, match="--variant fp16"):
+        open_base(str(tmp_path / "half"))
+    tiny.save_pretrained(tmp_path / "mute")
+    for file in (tmp_path / "mute" / "tokenizer").iterdir():
+        file.unlink()
+    (tmp_path / "mute" / "tokenizer").rmdir()
+    with pytest.raises(UserError, match="lacks tokenizer/"):
+        open_base(str(tmp_path / "mute"))
