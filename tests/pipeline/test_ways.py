@@ -6,7 +6,8 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
 from sd_atoms.pipeline import open_base
@@ -73,8 +74,13 @@ def fused(pipe):
     pipe.fuse_lora()
 
 
+def fused_and_back(pipe):
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+
+
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in (compiled, compiled_in_place)]
-WAYS = [*SLOW, cast, layerwise, offloaded, fused, copy.deepcopy]
+WAYS = [*SLOW, cast, layerwise, offloaded, fused, fused_and_back, copy.deepcopy]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", None))
@@ -83,7 +89,7 @@ def test_the_picture_is_the_plain_ways_or_one_line_says_what_to_do(way, when, ti
     plain = copy.deepcopy(tiny)
     load_atoms(plain, files[0])
     expected = draw(plain)
-    if (way, when) == (fused, "before"):
+    if when == "before" and way in (fused, fused_and_back):
         pytest.skip("nothing is there to fuse")
     try:
         if when == "after":
@@ -155,6 +161,19 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tiny, files, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["atoms_delta", "atoms_initial", "token."])
+def test_a_file_with_numbers_that_are_not_finite_is_not_loaded(part, tiny, files, tmp_path):
+    tensors = load_file(files[0])
+    key = next(key for key in tensors if key.startswith(part))
+    tensors[key].view(-1)[0] = torch.inf
+    with safe_open(files[0], "pt") as file:
+        save_file(tensors, tmp_path / "a.safetensors", file.metadata())
+    with pytest.raises(UserError, match=r"a\.safetensors: 1 of its .* not finite"):
+        load_atoms(tiny, tmp_path / "a.safetensors")
+    assert not hasattr(tiny.unet, "peft_config")
+    assert "<castle>" not in tiny.tokenizer.get_vocab()
+
+
 def test_bases_of_other_forms_are_named_with_what_helps(tiny, tmp_path):
     for name in ("model.safetensors", "model.ckpt"):
         (tmp_path / name).write_bytes(b"x")
@@ -169,3 +188,29 @@ def test_bases_of_other_forms_are_named_with_what_helps(tiny, tmp_path):
     (tmp_path / "mute" / "tokenizer").rmdir()
     with pytest.raises(UserError, match="lacks tokenizer/"):
         open_base(str(tmp_path / "mute"))
+
+
+def test_several_adapters_deletion_and_reloading_leave_the_picture(tiny, files):
+    load_atoms(tiny, files[0])
+    expected = draw(tiny)
+    tiny.unet.add_adapter(AtomsConfig(m=4), "beside")
+    tiny.unet.set_adapters(["default", "beside"], [1.0, 0.7])
+    assert torch.equal(draw(tiny), expected)  # the other one changes nothing yet
+    tiny.delete_adapters("beside")
+    assert torch.equal(draw(tiny), expected)
+    tiny.delete_adapters("default")
+    load_atoms(tiny, files[0])
+    assert torch.equal(draw(tiny), expected)
+    tiny.unload_lora_weights()
+    load_atoms(tiny, files[0])
+    assert torch.equal(draw(tiny), expected)
+
+
+def test_a_pipeline_saved_with_fused_adapters_is_the_merged_one(tiny, files, tmp_path):
+    load_atoms(tiny, files[0])
+    expected = draw(tiny)
+    tiny.fuse_lora()
+    tiny.unload_lora_weights()
+    tiny.save_pretrained(tmp_path / "merged")
+    merged = open_base(str(tmp_path / "merged"))
+    assert (draw(merged) - expected).norm() <= 1e-5 * expected.norm()
