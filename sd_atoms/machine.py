@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from sd_atoms.errors import UserError
 
 S, T = TypeVar("S"), TypeVar("T")
-HANDED_OVER = 16  # items
+HANDED_OVER = 4  # items
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -87,17 +87,17 @@ def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
 
 
 def read_ahead(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """function(item) of each, in order, computed by as many threads as there are cores, a little ahead of the reader.
+    """function(item) of each, in order, by as many threads as this process has cores, HANDED_OVER items ahead each.
 
     A thread takes several items at once: for small ones, handing over costs more than the work.
     """
-    cores, pending = usable_cores(), deque()
-    with ThreadPoolExecutor(cores) as pool:
+    threads, pending = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for start in range(0, len(items), HANDED_OVER):
                 share = items[start : start + HANDED_OVER]
                 pending.append(pool.submit(lambda share=share: [function(item) for item in share]))
-                if len(pending) > 2 * cores:
+                if len(pending) > threads:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()

@@ -1,5 +1,6 @@
 """How far long work has come: a bar on a terminal; a line every half minute in a log file, where bars are noise."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,8 @@ def progress_bar(total: int, desc: str, unit: str, initial: int = 0, main: bool 
 
 def followed(items: Iterable[T], total: int, desc: str, unit: str) -> Iterator[T]:
     """The items, with a bar or lines about how many of them are done, if it takes over two seconds."""
-    with progress_bar(total, desc, unit, delay=2, leave=False) as bar:
+    main = os.environ.get("RANK", "0") == "0"
+    with progress_bar(total, desc, unit, main=main, delay=2, leave=False) as bar:
         for item in items:
             yield item
             bar.update()

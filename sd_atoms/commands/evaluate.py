@@ -16,6 +16,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import GROUPS, Draws, score_images
 from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_network
 from sd_atoms.files import write_json
+from sd_atoms.generation import GRID_NOTE
 from sd_atoms.machine import make_accelerator
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
@@ -65,6 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     def images_of(folder: str, pattern: str) -> tuple[list[ImageRecord], tuple[str, ...]]:
         paths = [path for path in scan_folder(folder).paths if fnmatch(path.name, pattern)]
+        paths = [path for path in paths if GRID_NOTE not in _png_text(path)]
         if not paths:
             raise UserError(f"{folder}: no images named {pattern}")
         return usable([image_record(path) for path in paths], settings.on_bad_image, accelerator, cache)
@@ -86,6 +88,8 @@ def run(settings: Settings) -> dict[str, Any]:
         reference = None if real is None else features_of(network, real, settings.resize, cache, accelerator)
         texts, cut = _texts(network, prompts) if "text" in groups else ({}, [])
         found = score_images(features, reference, prompts, texts, groups, Draws(settings.draws, settings.seed))
+        if "text" in groups and network.of_texts is not None and prompts is None:
+            found.notes.append("text: not every image has a prompt, in its PNG text, NAME.txt or metadata.jsonl")
         if cut:
             found.notes.append(
                 f"text: {len(cut)} prompts are longer than {name} takes and were cut, such as {cut[0]!r}"
@@ -134,8 +138,17 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
 
 
 def _own_prompt(path: Path) -> str | None:
-    with Image.open(path) as image:
-        return image.info.get("prompt") if image.format == "PNG" else None
+    """What the text of a PNG file says, unless it is a workflow of ComfyUI."""
+    text = _png_text(path).get("prompt")
+    return text if isinstance(text, str) and not text.lstrip().startswith("{") else None
+
+
+def _png_text(path: Path) -> dict:
+    try:
+        with Image.open(path) as image:
+            return dict(image.info) if image.format == "PNG" else {}
+    except (OSError, ValueError, SyntaxError):  # such as text that is too long
+        return {}
 
 
 def _texts(network: Network, prompts: Sequence[str] | None) -> tuple[dict, list[str]]:

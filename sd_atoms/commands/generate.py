@@ -6,7 +6,15 @@ from pathlib import Path
 
 from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
-from sd_atoms.generation import Request, generate_missing, image_notes, making_notes, read_images, save_image
+from sd_atoms.generation import (
+    GRID_NOTE,
+    Request,
+    generate_missing,
+    image_notes,
+    making_notes,
+    read_images,
+    save_image,
+)
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off, set_adapters
 from sd_atoms.pipeline import DTYPES, load_adapter, open_base
@@ -17,7 +25,7 @@ from sd_atoms.report.grid import image_grid
 from sd_atoms.settings import setting
 from sd_atoms.training.adapter import open_adapter
 
-GRID, GRID_NOTE = "grid.png", "grid of"
+GRID = "grid.png"
 MODEL, WHAT, HOW = "model", "what to draw", "how to draw it"
 
 

@@ -232,7 +232,8 @@ def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sa
         config.base.pretrained_model_name_or_path,
         config.images.generation_batch_size,
     )
-    images, _ = usable([image_record(path) for path in paths], "error", accelerator)
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else None
+    images, _ = usable([image_record(path) for path in paths], "error", accelerator, cache)
     return dataclasses.replace(source, class_images=images)
 
 

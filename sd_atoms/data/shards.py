@@ -22,11 +22,13 @@ class _Place(NamedTuple):
 
 
 def find_shards(place: str | Path) -> list[Path]:
-    """The tar files that a path stands for: itself, or those directly inside a folder, by name."""
+    """The tar files that a path stands for: itself, or those directly inside a folder without pictures, by name."""
     place = Path(place)
     if place.is_file():
         return [place] if place.suffix.lower() == ".tar" else []
-    return sorted(path for path in place.glob("*.tar") if path.is_file()) if place.is_dir() else []
+    if not place.is_dir() or any(path.suffix.lower() in EXTENSIONS for path in place.iterdir()):
+        return []
+    return sorted(path for path in place.glob("*.tar") if path.is_file())
 
 
 def shard_images(shards: Sequence[Path], captions: bool) -> list[ImageRecord]:
@@ -75,7 +77,10 @@ def _entries(path: Path) -> dict[str, _Place]:
 def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Place]) -> str:
     if name is None:
         raise UserError(f"{path}/{picture}: has no caption; expected an entry {Path(picture).stem}{CAPTION} beside it")
-    text = tidy(_content(str(path), *entries[name]).decode("utf-8", errors="replace"))
+    try:
+        text = tidy(_content(str(path), *entries[name]).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}/{name}: is not UTF-8 text; expected a caption") from error
     if not text:
         raise UserError(f"{path}/{name}: is empty; expected a caption")
     return text

@@ -21,8 +21,7 @@ def match_share(features: torch.Tensor, others: torch.Tensor) -> float:
 
 def diversity(features: torch.Tensor) -> float:
     """Mean 1 − cosine over all pairs of different pictures (N, d), N of 2 or more: 0 when all are alike."""
-    n = len(features)
-    return ((1 - features @ features.T).sum() / (n * (n - 1))).item()
+    return weighted_diversity(features, torch.ones(len(features), 1)).item()
 
 
 def drift(features: torch.Tensor, others: torch.Tensor) -> float:

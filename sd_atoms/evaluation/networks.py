@@ -21,7 +21,8 @@ from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.efficientnet import NAME as EFFICIENTNET
 from sd_atoms.evaluation.efficientnet import SIDE_PX, load_efficientnet
 from sd_atoms.files import replacing
-from sd_atoms.machine import check_finite, read_ahead, shared_work
+from sd_atoms.machine import check_finite, on_main, read_ahead, shared_work
+from sd_atoms.pipeline.fingerprint import weights_digest
 from sd_atoms.progress import followed
 from sd_atoms.sources import packaged_path, resolve_source
 
@@ -34,11 +35,12 @@ Images = Sequence[Image.Image]
 class Network:
     """A network that makes features.
 
-    of_images: RGB images of any size -> (N, d) float32 on the CPU. of_texts: the same of texts, in the same space;
-    None for networks that know none. too_long: whether it cuts a text.
+    digest: tells it apart from others of its name. of_images: RGB images of any size -> (N, d) float32 on the CPU.
+    of_texts: the same of texts, in the same space; None for networks that know none. too_long: whether it cuts a text.
     """
 
     name: str
+    digest: str
     of_images: Callable[[Images], torch.Tensor]
     of_texts: Callable[[list[str]], torch.Tensor] | None = None
     too_long: Callable[[str], bool] | None = None
@@ -58,7 +60,8 @@ def open_network(name: str, device: str | torch.device = "cpu", resize: str = "a
     """
     if name == EFFICIENTNET:
         model = load_efficientnet().to(device)
-        return Network(name, lambda images: _finite(name, model(_bytes(images, SIDE_PX, resize).to(device))))
+        digest = weights_digest(model).hex()
+        return Network(name, digest, lambda images: _finite(name, model(_bytes(images, SIDE_PX, resize).to(device))))
     source = str(packaged_path(name) or resolve_source(name, "networks"))
     try:
         kind = AutoConfig.from_pretrained(source).model_type
@@ -66,15 +69,18 @@ def open_network(name: str, device: str | torch.device = "cpu", resize: str = "a
             clip = ClipFeatures(name, device)
             return Network(
                 name,
+                weights_digest(clip.model).hex(),
                 lambda images: _finite(name, clip.of_images(_sized(images, clip.processor, resize))),
                 clip.of_texts,
                 clip.cuts,
             )
         model = AutoModel.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False).to(device)
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
+        _pooled(model, processor, [Image.new("RGB", (64, 64))], resize)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"networks: {name!r} cannot be opened as a model that makes features of images") from error
-    return Network(name, lambda images: _finite(name, _pooled(model, processor, _sized(images, processor, resize))))
+    digest = weights_digest(model).hex()
+    return Network(name, digest, lambda images: _finite(name, _pooled(model, processor, images, resize)))
 
 
 def features_of(
@@ -86,21 +92,27 @@ def features_of(
         network: as `open_network` makes it.
         records: the images, with their stats.
         resize: as the network was opened with; part of the name in the cache.
-        cache: folder where they stay, by the content of the images, the network's name and the resize.
+        cache: folder where they stay, by the content of the images, the network's weights and the resize.
         accelerator: its processes share the work; all must call it.
     """
-    key = [network.name, resize, *(record.digest() for record in records)]
+    key = [network.digest, resize, *(record.digest() for record in records)]
     path = cache and cache / "features" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
-    if path is not None and path.exists():
-        try:
-            return load_file(path)["features"]
-        except (SafetensorError, OSError, KeyError):
-            pass  # half of a file of another program: made anew
+    # one look for all: processes that disagree on what is there would wait for each other for ever
+    kept = _kept(path) if accelerator is None else on_main(accelerator, lambda: _kept(path))
+    if kept is not None:
+        return kept
     found = torch.stack(shared_work(lambda share: list(_rows(network, share)), records, accelerator))
     if path is not None and (accelerator is None or accelerator.is_main_process):
         with replacing(path) as temporary:
             save_file({"features": found}, temporary)
     return found
+
+
+def _kept(path: Path | None) -> torch.Tensor | None:
+    try:
+        return None if path is None else load_file(path)["features"]
+    except (SafetensorError, OSError, KeyError):
+        return None
 
 
 @torch.no_grad()
@@ -114,8 +126,11 @@ def _rows(network: Network, records: Sequence[ImageRecord]) -> Iterator[torch.Te
             batch = []
 
 
-def _pooled(model, processor, images: Images) -> torch.Tensor:
-    inputs = processor(images=list(images), return_tensors="pt").to(model.device)
+@torch.no_grad()
+def _pooled(model, processor, images: Images, resize: str) -> torch.Tensor:
+    as_they_are = dict(do_resize=False, do_center_crop=False) if resize == "legacy" else {}
+    sized = _sized(images, processor, resize)
+    inputs = processor(images=sized, return_tensors="pt", **as_they_are).to(model.device)
     output = model(**inputs)
     pooled = getattr(output, "pooler_output", None)
     return (output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)).float().cpu()

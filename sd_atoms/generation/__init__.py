@@ -2,9 +2,10 @@
 
 from sd_atoms.generation.folder import generate_missing, making_notes, read_images
 from sd_atoms.generation.generate import Request, generate
-from sd_atoms.generation.png import image_notes, save_image
+from sd_atoms.generation.png import GRID_NOTE, image_notes, save_image
 
 __all__ = [
+    "GRID_NOTE",
     "Request",
     "generate",
     "generate_missing",

@@ -1,5 +1,5 @@
-"""Images from prompts and seeds. Image (prompt, seed) depends on nothing else: not on its neighbours, nor on how many
-processes share the work."""
+"""Images from prompts and seeds. Image (prompt, seed) depends on nothing else: not on how many processes share the
+work, and on its neighbours in its last bits only where several are drawn together."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

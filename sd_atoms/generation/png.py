@@ -8,6 +8,8 @@ from PIL import Image, PngImagePlugin
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
+GRID_NOTE = "grid of"  # in the text of a grid, which is no image by itself
+
 
 def save_image(path: str | Path, image: Image.Image, notes: Mapping[str, str]) -> None:
     """Writes a PNG whose text chunks say how it was made; all or nothing."""

@@ -6,10 +6,12 @@ precision copies of one model differ by 2e-4 (fp16) to 2e-3 (bf16); fine-tunes o
 """
 
 import base64
+import hashlib
 import math
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDTH = 4093  # prime, so that the pattern does not fall in step with any channel count
@@ -70,3 +72,12 @@ def _wave(length: int, turn: float) -> torch.Tensor:
     """Unit-variance entries √2·cos(2π·turn·j²), free of any random number generator."""
     index = torch.arange(length, dtype=torch.float64)
     return (math.sqrt(2) * torch.cos(2 * math.pi * ((turn * index * index) % 1.0))).float()
+
+
+def weights_digest(module: nn.Module) -> bytes:
+    """A hash of all weights and their dtype: cached results count for this very network."""
+    content = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return content.digest()

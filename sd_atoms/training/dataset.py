@@ -56,7 +56,10 @@ def data_digests(sources: Sequence[Source], prior: PriorSettings) -> dict[str, s
     for source in sources:
         concept = source.concept.word or source.concept.instance_prompt
         for image, texts in zip(source.images, image_prompts(source), strict=True):
-            found[f"{Path(image.name).name} of {concept}"] = _digest(image.digest(), *texts)
+            name = f"{Path(image.name).name} of {concept}"
+            if name in found:  # such as of two shards
+                name = f"{image.name} of {concept}"
+            found[name] = _digest(image.digest(), *texts)
         for image in source.class_images:
             found[f"class picture {Path(image.name).name} of {concept}"] = _digest(image.digest())
         if prior.prior == "teacher":

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
 from sd_atoms.data.config import DataSettings
@@ -20,6 +19,7 @@ from sd_atoms.data.images import fit
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite
+from sd_atoms.pipeline.fingerprint import weights_digest
 
 STATES_IN_MEMORY = 256 * 2**20  # bytes: 1,137 prompts of Stable Diffusion v1-4 in float32
 
@@ -110,7 +110,7 @@ def prompt_states(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> 
         cache: folder; None for no cache.
     """
     one = token_ids.shape[1] * text_encoder.config.hidden_size * text_encoder.dtype.itemsize
-    own = fingerprint(text_encoder) if cache is not None else None
+    own = weights_digest(text_encoder) if cache is not None else None
 
     @functools.lru_cache(maxsize=max(1, STATES_IN_MEMORY // one))
     def state_of(prompt: int) -> torch.Tensor:
@@ -121,15 +121,6 @@ def prompt_states(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> 
         return _kept(path, lambda: {"states": _text_states(text_encoder, ids)})["states"]
 
     return state_of
-
-
-def fingerprint(module: nn.Module) -> bytes:
-    """A hash of all weights and their dtype: cached results count for this very network."""
-    content = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        content.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return content.digest()
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from sd_atoms.data.images import flip, to_tensor
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
-from sd_atoms.machine import check_finite, read_ahead, shared_work
-from sd_atoms.progress import progress_bar
-from sd_atoms.training.examples import Cropping, Latents, crop, fingerprint, size_of
+from sd_atoms.machine import check_finite, on_main, read_ahead, shared_work
+from sd_atoms.pipeline.fingerprint import weights_digest
+from sd_atoms.progress import followed
+from sd_atoms.training.examples import Cropping, Latents, crop, size_of
 
 SHARD_IMAGES = 512
 KEY_DIGITS = 32
@@ -51,7 +52,7 @@ def encode_images(
         folder = scratch
     if folder is None:
         return shared_work(lambda share: list(_encoded(vae, share, how)), records, accelerator)
-    own = hashlib.sha256(fingerprint(vae) + repr(_choices(how)).encode()).hexdigest()[:16]
+    own = hashlib.sha256(weights_digest(vae) + repr(_choices(how)).encode()).hexdigest()[:16]
     return _on_disk(vae, records, how, folder / own, accelerator)
 
 
@@ -91,7 +92,8 @@ class Shards(Sequence):
 
 def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, accelerator) -> Shards:
     keys = [_key(record, how) for record in records]
-    there = {name for _, names in _intact(folder) for name in names}
+    # one look for all: a process that is late would see what another has written already, and share other work
+    there = _seen(folder) if accelerator is None else on_main(accelerator, lambda: _seen(folder))
     missing = list({key: record for key, record in zip(keys, records, strict=True) if key not in there}.items())
 
     def write(share: Sequence[tuple[str, ImageRecord]]) -> list[None]:
@@ -108,6 +110,10 @@ def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, a
     return Shards(folder, keys, how.data.random_flip)
 
 
+def _seen(folder: Path) -> set[str]:
+    return {name for _, names in _intact(folder) for name in names}
+
+
 def _intact(folder: Path) -> Iterator[tuple[safe_open, list[str]]]:
     """The shards of a folder with their names; a broken one counts as not there."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -119,11 +125,9 @@ def _intact(folder: Path) -> Iterator[tuple[safe_open, list[str]]]:
 def _encoded(vae, records: Sequence[ImageRecord], how: Cropping) -> Iterator[Pair]:
     """In the order of the records; files are read and cropped ahead of the autoencoder."""
     cropped = read_ahead(lambda record: (record.name, crop(record, how)), records)
-    with progress_bar(len(records), "Latents", "picture", delay=2, leave=False) as bar:
-        for name, image in cropped:
-            mirrored = _encode(vae, flip(image), name) if how.data.random_flip else None
-            yield _encode(vae, image, name), mirrored
-            bar.update()
+    for name, image in followed(cropped, len(records), "Latents", "picture"):
+        mirrored = _encode(vae, flip(image), name) if how.data.random_flip else None
+        yield _encode(vae, image, name), mirrored
 
 
 @torch.no_grad()

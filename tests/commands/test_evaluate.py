@@ -18,6 +18,7 @@ from sd_atoms.cli import main
 from sd_atoms.data.images import fit
 from sd_atoms.evaluation.efficientnet import SIDE_PX, load_efficientnet
 from sd_atoms.evaluation.networks import open_network
+from sd_atoms.generation import GRID_NOTE, save_image
 from sd_atoms.pocket.world import render
 from sd_atoms.pocket.world.scenes import sample
 from sd_atoms.sources import packaged_path
@@ -37,6 +38,7 @@ def place(tmp_path_factory):
             notes = PngInfo()
             notes.add_text("prompt", PROMPTS[seed % 2].format("<castle>"))
             render(sample(random.Random(seed))).save(folder / name / f"{seed:03d}.png", pnginfo=notes)
+    save_image(folder / "made" / "grid.png", Image.new("RGB", (64, 64)), {GRID_NOTE: "all"})
     return folder
 
 
@@ -51,7 +53,10 @@ def clip_by_hand(folder):
     """Unit vectors of the pictures, by transformers alone."""
     model = CLIPModel.from_pretrained(packaged_path("pocket:clip")).eval()
     size = model.config.vision_config.image_size
-    pixels = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path in sorted(folder.iterdir())]
+    pixels = [
+        np.asarray(Image.open(path).convert("RGB").resize((size, size)))
+        for path in sorted(folder.glob("0*.png" if folder.name == "made" else "*.png"))
+    ]
     mean, deviation = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     ready = (np.stack(pixels) / 255 - mean) / deviation
     with torch.no_grad():
@@ -65,7 +70,7 @@ def test_likeness_and_text_are_cosines_by_transformers(place):
     figures = evaluate(place, "--reference", place / "real", "--replace", "<castle>=castle")["networks"]["pocket:clip"]
     figures = figures["figures"]
     assert figures["image"]["value"] == pytest.approx((made @ real.T).mean().item(), abs=1e-4)
-    assert figures["image"]["n"] == 8
+    assert figures["image"]["n"] == 8  # the grid among them is none of them
     tokenizer = CLIPTokenizerFast.from_pretrained(packaged_path("pocket:clip"))
     with torch.no_grad():
         inputs = tokenizer([prompt.format("castle") for prompt in PROMPTS], padding=True, return_tensors="pt")

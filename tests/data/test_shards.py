@@ -60,8 +60,9 @@ def test_a_folder_or_file_of_shards_stands_for_instance_data_dir(folder):
         assert all(record.stats.size == (48, 32) for record in source.images)
 
 
-def test_other_folders_hold_no_shards(tmp_path):
+def test_other_folders_hold_no_shards_even_beside_an_archive(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
+    shard(tmp_path / "backup.tar", {"b.png": png(1)})
     assert find_shards(tmp_path) == find_shards(tmp_path / "a.png") == find_shards(tmp_path / "none") == []
 
 
@@ -71,6 +72,7 @@ def test_other_folders_hold_no_shards(tmp_path):
         (b"no tar file at all", False, r"0\.tar: cannot be read .*expected an uncompressed tar file"),
         ({"s0.cls": b"3"}, False, r"0\.tar: no pictures in it"),
         ({"s0.png": png(0)}, True, r"0\.tar/s0\.png: has no caption; expected an entry s0\.txt beside it"),
+        ({"s0.png": png(0), "s0.txt": b"\xff\xfe"}, True, r"0\.tar/s0\.txt: is not UTF-8 text"),
         ({"s0.png": png(0), "s0.txt": b" \n"}, True, r"0\.tar/s0\.txt: is empty; expected a caption"),
     ],
 )

@@ -46,7 +46,7 @@ def fake(monkeypatch):
     class Fake:
         black, asked = (), []
 
-    def generate(pipe, requests, sampling, accelerator):
+    def generate(pipe, requests, sampling, accelerator, batch_size):
         for request in requests:
             Fake.asked.append(request.seed - FIRST_SEED)
             pixels = np.random.default_rng(request.seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)

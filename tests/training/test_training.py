@@ -252,7 +252,7 @@ def test_cached_latents_and_states_give_the_same_run_and_nothing_is_encoded_twic
     plain = run(tmp_path / "plain", **{**settings, "cache_dir": None})
     first = run(tmp_path / "first", **settings)
     kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert {path.relative_to(tmp_path / "cache").parts[0] for path in kept} == {"latents", "text"}
+    assert {path.relative_to(tmp_path / "cache").parts[0] for path in kept} == {"images", "latents", "text"}
 
     def fail(*_):
         raise AssertionError("encoded again")
@@ -629,4 +629,5 @@ def test_numbers_that_are_none_are_named_where_they_arise(tmp_path, capsys, part
     assert train_main(["--config", str(path)]) == 2
     assert re.search(message, capsys.readouterr().err)
     if "latents" in message:
-        assert not list(cache.rglob("*.safetensors"))  # nothing unsound is kept
+        # nothing unsound is kept, only what was seen of the photos
+        assert {path.relative_to(cache).parts[0] for path in cache.rglob("*.safetensors")} <= {"images"}
