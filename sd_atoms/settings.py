@@ -189,7 +189,8 @@ def resolve(
         if field.metadata["required"] and values.get(name) is None and name not in reported and not excused:
             problems.append(f"{name} is required: {field.metadata['help']}")
     if problems:
-        source = f"{config_path}: " if config_path else ""
+        of_words = all(problem.startswith(("--", "unknown flag", "unexpected word")) for problem in problems)
+        source = f"{config_path}: " if config_path and not of_words else ""
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(source + count + "; ".join(problems))
     return build(settings, values)

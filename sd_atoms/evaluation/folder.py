@@ -13,6 +13,7 @@ from sd_atoms.evaluation.metrics import diversity, nearest, nearest_other, vendi
 FEW_FOR_FID = 2048  # below, the figure follows the number of images more than what they show
 FID_DRAWS = 25  # of the bootstrap at most: each takes as long as all draws of another figure
 NEAREST_K = 5
+SAME = 1e-5  # from 1: the cosine of an image to itself, but for rounding
 SETS = ("fid", "kid", "mifid", "cmmd", "prdc", "fd_infinity")
 GROUPS = ("subject", "copying", "diversity", "text", *SETS)
 
@@ -110,9 +111,13 @@ def _copying(found: Scores, unit: torch.Tensor, reference: torch.Tensor, draws: 
         found.notes.append("copying: 2 reference images are needed")
         return
     close, real = nearest(unit, reference), nearest_other(reference)
+    distinct = real[real < 1 - SAME]
+    if len(distinct) < len(real):
+        found.notes.append(f"copying: {len(real) - len(distinct)} of {len(real)} reference images are there twice")
     found.figures["nearest"] = mean_figure(close, draws.number, draws.seed)
     found.figures["nearest_real"] = mean_figure(real, draws.number, draws.seed)
-    found.figures["copies"] = mean_figure(close > real.max(), draws.number, draws.seed)
+    if len(distinct):
+        found.figures["copies"] = mean_figure(close > distinct.max(), draws.number, draws.seed)
 
 
 def _fid(found: Scores, features: torch.Tensor, reference: torch.Tensor, draws: Draws) -> None:

@@ -47,10 +47,13 @@ def counts(n: int, draws: int, seed: int) -> torch.Tensor:
 
 
 def figure(value: float, n: int, drawn: torch.Tensor) -> Figure:
-    """A value with the interval of its draws (B,)."""
+    """A value with the interval of its draws (B,), moved so that their mean is the value: a draw holds images twice,
+    which raises some figures (FID) and lowers others (Vendi) as a whole.
+    """
     drawn = drawn[drawn.isfinite()]
     if len(drawn) < 2:
         return Figure(value, n)
+    drawn = drawn - drawn.mean() + value
     tail = (1 - SHARE) / 2
     low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Figure(value, n, low, high)

@@ -202,7 +202,12 @@ def _read_file(path: Path) -> Artefact:
         raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")
     tensors, about = _read_tensors(path)
     if about is None:
-        raise UserError(f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header)")
+        hint = (
+            "; a checkpoint of a run is drawn from by `sd-atoms generate --adapter`"
+            if "checkpoint" in path.name
+            else ""
+        )
+        raise UserError(f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header{hint})")
     text_state = {key.removeprefix(f"{TEXT}."): v for key, v in tensors.items() if key.startswith(f"{TEXT}.")}
     try:
         if about.get("format", 0) <= ATOMS_FORMAT:
