@@ -26,9 +26,13 @@ QUICK = (
     "test_progress.py",
 )  # fmt: skip
 
+# begun first, so that no process is left with one of them at the end
+LONGEST = ("training/test_training.py", "commands/test_command_line.py", "methods/test_runs.py", "tuner/test_tuner.py")
+
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(here).as_posix() not in LONGEST)
     for item in items:
         if item.path.relative_to(here).as_posix().startswith(QUICK) and "slow" not in item.keywords:
             item.add_marker(pytest.mark.quick)

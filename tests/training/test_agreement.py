@@ -67,7 +67,6 @@ def test_training_agrees_on_one_and_two_threads(words, tmp_path, monkeypatch):
     assert_close(tmp_path / "1", tmp_path / "2")
 
 
-@pytest.mark.slow
 def test_training_agrees_on_one_and_two_processes(words, tmp_path, monkeypatch):
     trained_on(1, [*words, "--train_batch_size", "2", "--output_dir", str(tmp_path / "one")], monkeypatch)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -427,23 +424,13 @@ def nearly(one, other):
 def test_an_effective_batch_of_four_gives_the_same_adapter_however_it_is_split(tmp_path):
     # with the default warm-up: Adam's very first steps have the size of the rate whatever the gradient, which
     # magnifies the rounding of entries that hardly have any
-    settings = dict(max_train_steps=10, lr_warmup_steps=20)
+    settings = dict(max_train_steps=5, lr_warmup_steps=20)
     whole = numbers(run(tmp_path / "whole", train_batch_size=4, **settings))
     for batch in (1, 2):
         parts = run(
             tmp_path / f"by{batch}", train_batch_size=batch, gradient_accumulation_steps=4 // batch, **settings
         )
         assert nearly(whole, numbers(parts))
-    path = tmp_path / "two.yaml"
-    two = dict(SMALL, train_batch_size=2, output_dir=str(tmp_path / "two"), **settings | dict(max_train_steps=10))
-    path.write_text(yaml.safe_dump(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "train_dreambooth_atoms.py", "--config", str(path)],
-        env=dict(os.environ, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert nearly(whole, numbers(tmp_path / "two"))
 
 
 def test_the_shape_of_what_texts_hold(pipe):
@@ -455,7 +442,7 @@ def test_the_shape_of_what_texts_hold(pipe):
     assert texts.of([0, 1], torch.device("cpu"))["states"].equal(torch.stack(states[:2]))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_half_precision_run_resumes_in_place_with_float32_numbers(tmp_path, precision):
     # small, since many CPUs only emulate half precision
     settings = dict(mixed_precision=precision, checkpointing_steps=1, lr_scheduler="constant", resolution=32)
