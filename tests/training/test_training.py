@@ -424,7 +424,7 @@ def nearly(one, other):
 def test_an_effective_batch_of_four_gives_the_same_adapter_however_it_is_split(tmp_path):
     # with the default warm-up: Adam's very first steps have the size of the rate whatever the gradient, which
     # magnifies the rounding of entries that hardly have any
-    settings = dict(max_train_steps=5, lr_warmup_steps=20)
+    settings = dict(max_train_steps=10, lr_warmup_steps=20)
     whole = numbers(run(tmp_path / "whole", train_batch_size=4, **settings))
     for batch in (1, 2):
         parts = run(
