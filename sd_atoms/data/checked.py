@@ -19,7 +19,7 @@ from sd_atoms.data.captions import refuse
 from sd_atoms.data.records import ImageRecord, ImageStats, image_stats
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
-from sd_atoms.machine import read_ahead, shared_work
+from sd_atoms.machine import on_main, read_ahead, shared_work
 from sd_atoms.progress import followed
 
 
@@ -71,8 +71,11 @@ def usable(
     ]
     if on_bad_image == "error" or not good:
         refuse(problems, f"{len(problems)} of {len(pictures)} images cannot be used:")
-    if cache is not None and (accelerator is None or accelerator.is_main_process):
-        save_checked(cache, [picture.stats for picture in good if picture.stats.digest not in known])
+    new = [picture.stats for picture in good if picture.stats.digest not in known]
+    if cache is not None and accelerator is None:
+        save_checked(cache, new)
+    elif cache is not None:
+        on_main(accelerator, lambda: save_checked(cache, new))  # a full disk ends every process, none waits
     return good, problems
 
 
