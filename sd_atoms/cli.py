@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "evaluate",
     "drift",
+    "compare",
     "sweep",
     "inspect",
     "share",

@@ -5,11 +5,19 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    release_memory,
+)
 
 from sd_atoms.errors import UserError
 
@@ -134,3 +142,28 @@ def check_finite(values: torch.Tensor, what: str, why: str) -> None:
     """
     if not torch.isfinite(values).all():
         raise UserError(f"{what} are not finite; {why}")
+
+
+def peak_bytes(device: str, process: int | str = "self") -> int:
+    """On CUDA the most memory that torch's tensors held; else the high-water mark of a process's resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path(f"/proc/{process}/status")
+    if status.exists():
+        # unlike ru_maxrss, which a child process starts with at its parent's size
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
+    if process != "self":
+        return 0  # not told elsewhere than on Linux
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_accelerator() -> None:
+    """Frees the memory of a run, and what Accelerate keeps of it for the process: precision and accumulation."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    release_memory()

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sd_atoms.bench.measuring import describe, machine_info, peak_bytes
+from sd_atoms.bench.measuring import describe, machine_info
 from sd_atoms.data.checked import usable
 from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import read_image, to_tensor
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
-from sd_atoms.machine import read_ahead
+from sd_atoms.machine import peak_bytes, read_ahead
 from sd_atoms.pipeline import open_base
 from sd_atoms.pocket.world import render, sample
 from sd_atoms.report.table import text_table

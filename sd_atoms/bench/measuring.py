@@ -1,7 +1,6 @@
 """Where a measurement was taken, and the clock and memory gauge it was taken with."""
 
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -41,24 +40,6 @@ def now_seconds(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_bytes(device: str, process: int | str = "self") -> int:
-    """On CUDA the most memory that torch's tensors held; else the high-water mark of a process's resident set."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path(f"/proc/{process}/status")
-    if status.exists():
-        # unlike ru_maxrss, which a child process starts with at its parent's size
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        if "VmHWM" in lines:
-            return int(lines["VmHWM"].split()[0]) * 1024
-    if process != "self":
-        return 0  # not told elsewhere than on Linux
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cpu_name() -> str:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from sd_atoms.bench.architectures import step_inputs
-from sd_atoms.bench.measuring import now_seconds, peak_bytes
+from sd_atoms.bench.measuring import now_seconds
 from sd_atoms.bench.methods import attach
 from sd_atoms.files import write_json
+from sd_atoms.machine import peak_bytes
 from sd_atoms.pipeline.architectures import build_unet
 from sd_atoms.pipeline.base import DTYPES
 

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import release_memory
-
 from sd_atoms.commands import train
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
+from sd_atoms.machine import forget_accelerator
 from sd_atoms.report.sweep import SCORE_FORMULA, Entry, harmonic_mean, in_order, show, sweep_figure, sweep_markdown
 from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve
 from sd_atoms.training.checkpoint import checkpoints
@@ -226,21 +224,14 @@ def run_point(point: Point) -> Entry:
             config = replaced(config, resume_from_checkpoint="latest")
         else:
             config = replaced(config, overwrite=True)
-    forget_run()
+    forget_accelerator()
     try:
         train.run(config)
     except UserError as error:
         failure = str(error)
         print(f"{point.name} failed: {failure}", flush=True)
-    forget_run()  # not in the handler: until it ends, the error holds the whole run in memory
+    forget_accelerator()  # not in the handler: until it ends, the error holds the whole run in memory
     return Entry(point.name, point.values, failure=failure) if failure else read_entry(point)
-
-
-def forget_run() -> None:
-    """Frees the memory of a run, and what accelerate keeps of it for the process: precision and accumulation."""
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    release_memory()
 
 
 def read_entry(point: Point) -> Entry:

@@ -23,7 +23,7 @@ from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.concept import mean_scores, score_concept
 from sd_atoms.files import replacing, write_json
 from sd_atoms.generation import Request, generate, generate_missing, making_notes, read_images, save_image
-from sd_atoms.machine import make_accelerator, on_main, precision_here
+from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import open_base, save_adapter
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
@@ -132,6 +132,7 @@ def run(config: TrainConfig) -> Path:
                         accelerator, sampling, folder / IMAGES, step)  # fmt: skip
 
     outcome = train_diffusion(config, pipe, accelerator, dataset, folder, begin, show)
+    memory = peak_bytes(accelerator.device.type)
     if accelerator.is_main_process:
         remove_scratch(scratch)
 
@@ -162,7 +163,7 @@ def run(config: TrainConfig) -> Path:
 
     # Report
     if accelerator.is_main_process:
-        report(config, folder, sources, sets, scorer, outcome)
+        report(config, folder, sources, sets, scorer, outcome, memory)
     accelerator.end_training()
     return folder
 
@@ -174,6 +175,7 @@ def report(
     sets: Sequence[dict[str, list[Request]]],
     scorer: ClipFeatures | None,
     outcome: Outcome,
+    peak_memory_bytes: int,
 ) -> None:
     """Grids, scores, metrics.json and a summary, from the images in a run folder."""
     scores, grids = {}, []
@@ -191,7 +193,8 @@ def report(
         if scorer is not None:
             name = concept_name(source.concept, folder)
             scores[name] = score_concept(scorer, photos, images, prompts["base-prompt"])
-    metrics = {"training": outcome.entries() | learning_curve(read_log(folder / LOG))}
+    cost = {"peak_memory_bytes": peak_memory_bytes}
+    metrics = {"training": outcome.entries() | cost | learning_curve(read_log(folder / LOG))}
     if scores:
         metrics["clip"] = mean_scores(list(scores.values()))
         if len(scores) > 1:

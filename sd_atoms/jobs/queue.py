@@ -1,0 +1,278 @@
+"""A queue of jobs, each a process of its own; several queues on one folder, or machines that share it, divide them.
+
+A job is done when its file is there. Whoever works at it holds its lock, which the system takes back however the
+process ends; so nothing is done twice, and a killed queue goes on where it was. What a job needs to run is its command
+alone: another executor (a scheduler's array, say) starts the same commands.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sd_atoms.errors import UserError
+from sd_atoms.progress import progress_bar
+
+TAKEN = 75  # exit code of a job that another process holds (EX_TEMPFAIL)
+POLL_SECONDS = 0.2
+LAST_BYTES = 4000  # of a log
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work.
+
+    name: names its log and lock, may hold slashes. done: the file that it ends with. command: its process. needs: jobs
+    that must be done before.
+    """
+
+    name: str
+    done: Path
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one job at a time.
+
+    device: cpu, cuda:0, or "" for whatever the job finds. cores: those that it is bound to, where a system does that.
+    """
+
+    device: str = ""
+    cores: tuple[int, ...] = ()
+
+    def environment(self) -> dict[str, str]:
+        """What a job's process is told of its place."""
+        if self.device == "cpu":
+            return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        return {"CUDA_VISIBLE_DEVICES": self.device.removeprefix("cuda:")} if self.device else {}
+
+
+def make_slots(jobs: int, devices: str, threads: int | None) -> list[Slot]:
+    """Places for so many jobs at once, over the devices in turn, each with cores of its own as far as there are any.
+
+    Args:
+        jobs: 1 or more.
+        devices: comma-separated, such as "cuda:0,cuda:1" or "cpu"; "" leaves it to the job.
+        threads: cores of each; None divides all.
+
+    Raises:
+        UserError: a device is none, or threads are wanted where no process can be bound to cores.
+    """
+    names = [name.strip() for name in devices.split(",") if name.strip()] or [""]
+    wrong = [name for name in names if name and not re.fullmatch(r"cpu|cuda:\d+", name)]
+    if wrong:
+        raise UserError(f"devices: {', '.join(wrong)}: cpu and cuda:NUMBER are allowed, with commas between")
+    if not hasattr(os, "sched_getaffinity"):
+        if threads is not None:
+            raise UserError("threads: this system binds no process to cores; leave it out")
+        return [Slot(names[place % len(names)]) for place in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    share = min(threads or max(1, len(cores) // jobs), len(cores))
+    own = [tuple(cores[(place * share + core) % len(cores)] for core in range(share)) for place in range(jobs)]
+    return [Slot(names[place % len(names)], own[place]) for place in range(jobs)]
+
+
+class Taken(Exception):
+    """Another process works at the job."""
+
+
+@contextlib.contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """Holds the lock of a job for a while.
+
+    Raises:
+        Taken: another process does.
+    """
+    path = _beside(folder, name, ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
+        raise Taken(name) from error
+
+
+def state_of(job: Job, folder: Path) -> str:
+    """done, running, failed or waiting; failed: it ended with an error and was not begun again."""
+    if job.done.exists():
+        return "done"
+    path = _beside(folder, job.name, ".lock")
+    if path.exists():
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            return "running"
+    return "failed" if failure_of(job, folder) else "waiting"
+
+
+def failure_of(job: Job, folder: Path) -> str:
+    """What the log of a job says of its failure in its last line; empty where it says nothing."""
+    path = log_of(job, folder)
+    if not path.exists():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return last.removeprefix("error: ") if last.startswith("error: ") or "Error" in last.split(":")[0] else ""
+
+
+def log_of(job: Job, folder: Path) -> Path:
+    """What a job prints goes there."""
+    return _beside(folder, job.name, ".log")
+
+
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, slots: Sequence[Slot], told: Callable[[str], None] = print
+) -> dict[str, str]:
+    """Works until every job is done or has failed, beside whatever other queues do.
+
+    Args:
+        jobs: a job comes after those that it needs, whatever their order.
+        folder: of locks and logs.
+        slots: as many jobs run at once.
+        told: gets a line on each job that ended.
+
+    Returns:
+        name -> why it failed, of those that did, and of those that need one of them.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs that ran were asked to stop, and have.
+    """
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # number of the slot -> what it works at, since when
+    failed: dict[str, str] = {}
+    finished = {job.name for job in jobs if job.done.exists()}
+    with _interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(finished)) as bar:
+        try:
+            while len(finished) + len(failed) < len(jobs):
+                _collect(running, folder, failed, told)
+                ended = {job.name for job in jobs if job.name not in finished and job.done.exists()}
+                finished |= ended
+                if ended:
+                    bar.update(len(ended))
+                at_work = {job.name for job, _, _ in running.values()}
+                for job in jobs:
+                    if job.name in finished or job.name in failed or job.name in at_work:
+                        continue
+                    lost = [name for name in job.needs if name in failed]
+                    free = set(range(len(slots))) - running.keys()
+                    if lost:
+                        failed[job.name] = f"it needs {lost[0]}, which failed"
+                    # one that runs here already is another queue's
+                    elif free and set(job.needs) <= finished and state_of(job, folder) != "running":
+                        running[min(free)] = (job, _start(job, folder, slots[min(free)]), time.monotonic())
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _stop([process for _, process, _ in running.values()])
+            raise
+    return failed
+
+
+def status_text(jobs: Sequence[Job], folder: Path, seconds_of: Callable[[Job], float | None], step_of) -> str:
+    """How far a queue has come: a line for each state, what is running, what failed, and the time left.
+
+    Args:
+        jobs: all of it.
+        folder: of locks and logs.
+        seconds_of: what a finished job took, None where that is not known.
+        step_of: what there is to say of a running one.
+    """
+    states = {job.name: state_of(job, folder) for job in jobs}
+    lines = [
+        f"{sum(state == kind for state in states.values()):>5} {kind}"
+        for kind in ("done", "running", "waiting", "failed")
+    ]
+    lines += [f"running: {job.name} {step_of(job)}".rstrip() for job in jobs if states[job.name] == "running"]
+    lines += [f"failed:  {job.name}: {failure_of(job, folder)}" for job in jobs if states[job.name] == "failed"]
+    known = [seconds for job in jobs if states[job.name] == "done" and (seconds := seconds_of(job)) is not None]
+    left = [name for name, state in states.items() if state in ("running", "waiting")]
+    if known and left:
+        at_once = max(1, sum(state == "running" for state in states.values()))
+        lines.append(f"about {_duration(sum(known) / len(known) * len(left) / at_once)} left, {at_once} at once")
+    return "\n".join(lines)
+
+
+def _collect(running: dict, folder: Path, failed: dict[str, str], told: Callable[[str], None]) -> None:
+    """Takes out what has ended."""
+    for place, (job, process, started) in list(running.items()):
+        code = process.poll()
+        if code is None:
+            continue
+        del running[place]
+        if job.done.exists():
+            told(f"{job.name}: done in {_duration(time.monotonic() - started)}")
+        elif code != TAKEN:
+            failed[job.name] = failure_of(job, folder) or f"it ended with code {code}, see {log_of(job, folder)}"
+            told(f"{job.name}: failed: {failed[job.name]}")
+
+
+def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
+    path = log_of(job, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as log:
+        log.write(f"$ {shlex.join(job.command)}\n".encode())
+        log.flush()
+        # a session of its own: Ctrl-C reaches the queue alone, which hands it on once
+        process = subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.environment()},
+            start_new_session=True,
+        )
+    if slot.cores:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(process.pid, slot.cores)
+    return process
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Asks them to stop as Ctrl-C does, and waits; a second Ctrl-C ends them at once."""
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        if processes:
+            print(f"Stopping {len(processes)} runs after their step; again to stop at once", file=sys.stderr)
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, for a while."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _beside(folder: Path, name: str, suffix: str) -> Path:
+    return folder / f"{name}{suffix}"
