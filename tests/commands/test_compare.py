@@ -1,0 +1,282 @@
+"""`sd-atoms compare`: methods trained, drawn and scored alike, and what of it is left on disk."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny import write_photos, write_tiny_base
+from torch.nn import functional as F
+
+from sd_atoms.cli import main
+from sd_atoms.commands import compare
+from sd_atoms.commands.compare import SCORES, comparison_of, do_run, merge, selection_score
+from sd_atoms.errors import UserError
+from sd_atoms.evaluation.clip import ClipFeatures
+from sd_atoms.jobs.experiment import read_plan
+from sd_atoms.report.comparison import write_report
+from sd_atoms.report.rows import mean_of, paired, rows_of
+
+PROMPTS = ["photo of a {}.", "The {} overlooks a serene lake."]
+
+
+def experiment(folder, **changes):
+    """Writes an experiment on the tiny base, and what it needs; returns its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "base").exists():
+        write_tiny_base(folder / "base")
+        write_photos(folder / "photos")
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        (folder / "others.txt").write_text("a dog\na cat\n")
+    entries = {
+        "output_dir": str(folder / "out"),
+        "settings": {
+            "pretrained_model_name_or_path": str(folder / "base"),
+            "max_train_steps": 2,
+            "train_batch_size": 1,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+            "train_token_embedding": True,
+        },
+        "concepts": {
+            "castle": {
+                "instance_data_dir": str(folder / "photos"),
+                "instance_prompt": "photo of a <castle>",
+                "placeholder_token": "<castle>",
+                "initializer_token": "castle",
+            }
+        },
+        "methods": {"atoms": None, "lora": {"rank": 2, "learning_rate": 0.01}},
+        "rates": {"factors": [1, 30], "seeds": [100]},
+        "prompts_file": str(folder / "prompts.txt"),
+        "unrelated_prompts_file": str(folder / "others.txt"),
+        "images_per_prompt": 2,
+        "networks": ["pocket:clip"],
+        "scales": [0.5, 1],
+        **changes,
+    }
+    (folder / "e.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+    return str(folder / "e.yaml")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A finished experiment, its runs made one after the other in this process."""
+    folder = tmp_path_factory.mktemp("compare")
+    plan = read_plan(experiment(folder), {})
+    for run in plan.runs:
+        do_run(plan, run)
+    results = write_report(comparison_of(plan, {}), plan.folder / "report")
+    return plan, results
+
+
+def scores_of(plan, name):
+    return json.loads((plan.folder / "runs" / name / SCORES).read_text())
+
+
+def test_each_run_is_an_ordinary_run_folder_at_the_rate_that_won_elsewhere(compared):
+    plan, _ = compared
+    tried = {0.01: selection_score(plan, plan.named("rates/castle/atoms/0.01/seed-100"))}
+    tried[0.3] = selection_score(plan, plan.named("rates/castle/atoms/0.3/seed-100"))
+    best = max(tried, key=tried.get)
+    folder = plan.folder / "runs/castle/atoms/seed-0"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == best
+    assert scores_of(plan, "castle/atoms/seed-0")["learning_rate"] == best
+    assert (folder / "castle.safetensors").exists()
+    tuned = scores_of(plan, "rates/castle/atoms/0.01/seed-100")["scored_by"]["prompts"]
+    assert not set(tuned) & set(PROMPTS)
+
+
+def test_scores_are_those_of_a_hand_made_loop(compared):
+    plan, _ = compared
+    clip = ClipFeatures("pocket:clip")
+    drawn = plan.folder / "runs/castle/lora/seed-0/drawn"
+    images = [Image.open(drawn / f"{number:02d}-{seed}.png").convert("RGB") for number in (0, 1) for seed in (0, 1)]
+    photos = [Image.open(path).convert("RGB") for path in sorted((plan.folder.parent / "photos").glob("*.png"))]
+    features, texts = clip.of_images(images), clip.of_texts([prompt.replace("{}", "castle") for prompt in PROMPTS])
+    image = (features @ clip.of_images(photos).T).mean().item()
+    text = F.cosine_similarity(features, texts.repeat_interleave(2, 0)).mean().item()
+    bases = plan.folder / "runs/castle/pretrained/drawn"
+    others = [
+        clip.of_images([Image.open(folder / f"unrelated-{n:02d}.png").convert("RGB") for n in (0, 1)])
+        for folder in (drawn, bases)
+    ]
+    drift = ((1 - F.cosine_similarity(*others)) / 2).mean().item()
+    figures = scores_of(plan, "castle/lora/seed-0")["networks"]["pocket:clip"]["figures"]
+    assert figures["image"]["value"] == pytest.approx(image, abs=1e-5)
+    assert figures["text"]["value"] == pytest.approx(text, abs=1e-5)
+    assert figures["drift"]["value"] == pytest.approx(drift, abs=1e-6)
+    assert drift > 0
+
+
+def test_adapter_and_base_cannot_be_swapped(compared):
+    plan, _ = compared
+    adapted, base = (
+        {path.name: path.read_bytes() for path in (plan.folder / "runs/castle" / name / "drawn").glob("0*.png")}
+        for name in ("lora/seed-0", "pretrained")
+    )
+    assert adapted.keys() == base.keys()
+    assert all(adapted[name] != base[name] for name in base)
+    drift = scores_of(plan, "castle/pretrained")["networks"]["pocket:clip"]["figures"]["drift"]
+    assert drift["value"] == 0  # the base against itself
+    scaled = plan.folder / "runs/castle/lora/seed-0/drawn/scale-0.5-00-0.png"
+    assert Image.open(scaled).info["adapter_scale"] == "0.5"
+
+
+def test_the_report_says_what_the_runs_say(compared):
+    plan, results = compared
+    report = plan.folder / "report"
+    assert json.loads((report / "results.json").read_text()) == json.loads(json.dumps(results))
+    with open(report / "table.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["pretrained", "atoms", "lora"]
+    for method in ("atoms", "lora"):
+        own = scores_of(plan, f"castle/{method}/seed-0")
+        assert float(rows[method]["pocket:clip image"]) == own["networks"]["pocket:clip"]["figures"]["image"]["value"]
+        metrics = json.loads((plan.folder / f"runs/castle/{method}/seed-0/metrics.json").read_text())["training"]
+        assert int(rows[method]["parameters"]) == metrics["trained_numbers"] + metrics["trained_token_numbers"]
+        assert float(rows[method]["memory_gb"]) == pytest.approx(metrics["peak_memory_bytes"] / 1e9)
+    text = (report / "table.md").read_text()
+    assert text.startswith(f"# Comparison on {str(plan.folder.parent / 'base').replace('_', chr(92) + '_')}")
+    assert "## Against lora, on the same seeds, prompts and noise" in text
+    for name in ("index.html", "plotly.min.js", "pareto.png", "curves.png", "grid-castle.png", "grid-all-castle.png"):
+        assert (report / name).stat().st_size > 1000
+
+
+def test_a_run_in_the_results_is_what_pefts_comparison_reads(compared):
+    _, results = compared
+    for run in results["runs"]:
+        info, train, meta = run["run_info"], run["train_info"], run["meta_info"]
+        assert {
+            "created_at",
+            "total_time",
+            "experiment_name",
+            "peft_branch",
+            "train_config",
+            "peft_config",
+        } <= info.keys()
+        assert info["train_config"]["model_id"]
+        assert info["peft_config"]["peft_type"]
+        assert train["status"] == "success"
+        for key in ("reserved_avg", "max", "reserved_99th"):
+            assert isinstance(train[f"accelerator_memory_{key}"], int)
+        last = train["metrics"][-1]
+        assert {"train loss", "train samples", "test dino_similarity", "drift"} <= last.keys()
+        assert last["train samples"] == 2
+        packages = ("peft", "transformers", "diffusers", "torch", "datasets")
+        assert all(f"{name}-version" in meta["package_info"] for name in packages)
+
+
+def test_a_finished_run_is_left_alone_and_another_one_refused(compared, tmp_path):
+    plan, _ = compared
+    folder = plan.folder / "runs/castle/lora/seed-0"
+    before = (folder / SCORES).stat().st_mtime_ns
+    do_run(plan, plan.named("castle/lora/seed-0"))
+    assert (folder / SCORES).stat().st_mtime_ns == before
+    other = read_plan(
+        experiment(plan.folder.parent, methods={"atoms": None, "lora": {"rank": 3, "learning_rate": 0.01}}), {}
+    )
+    with pytest.raises(UserError, match="holds a run of other settings .rank was 2, now 3"):
+        compare.check_folders(other)
+    experiment(plan.folder.parent)
+
+
+def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(compared, tmp_path):
+    plan, _ = compared
+    elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
+    merge(elsewhere, plan.folder)
+    assert json.loads((tmp_path / "here/runs/castle/lora/seed-0" / SCORES).read_text()) == scores_of(
+        plan, "castle/lora/seed-0"
+    )
+    assert len(comparison_of(elsewhere, {}).runs) == 3
+    changed = tmp_path / "changed"
+    shutil.copytree(plan.folder, changed)
+    path = changed / "runs/castle/lora/seed-0" / SCORES
+    scores = json.loads(path.read_text())
+    scores["scored_by"]["networks"]["pocket:clip"] = "another"
+    path.write_text(json.dumps(scores))
+    with pytest.raises(UserError, match="cannot stand beside .*: networks differ"):
+        merge(elsewhere, changed)
+    with pytest.raises(UserError, match="holds no finished run of this experiment"):
+        merge(elsewhere, tmp_path)
+
+
+def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
+    plan, _ = compared
+    path = str(plan.folder.parent / "e.yaml")
+    assert main(["compare", path, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "castle/atoms/seed-0" in text
+    assert "2 runs: scored" in text
+    assert "8 training steps" in text
+    assert "hours at one run at a time" in text
+    assert main(["compare", path, "--status"]) == 0
+    assert "5 done" in capsys.readouterr().out
+    assert main(["compare", path, "--run", "castle/dora/seed-0"]) == 2
+    assert "'castle/dora/seed-0' is none of this experiment's" in capsys.readouterr().err
+    assert main(["compare", path, "--metrics", "beauty"]) == 2
+    assert "metrics: 'beauty'" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_mean_is_the_wider_of_images_and_seeds():
+    narrow = [{"value": value, "low": value - 0.001, "high": value + 0.001} for value in (0.2, 0.4)]
+    mean, low, high = mean_of(narrow)
+    assert (mean, high - mean) == (pytest.approx(0.3), pytest.approx(1.96 * 0.1))  # sd 0.1414 / sqrt 2
+    assert mean - low == pytest.approx(high - mean)
+    wide = [{"value": 0.3, "low": 0.1, "high": 0.5}] * 2
+    assert mean_of(wide)[2] - 0.3 == pytest.approx(0.2 / 2**0.5)
+    assert mean_of([{"value": 0.3, "low": None, "high": None}]) == (0.3, None, None)
+
+
+def test_a_difference_is_told_in_pairs(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
+    from comparisons import made_up
+
+    comparison = made_up(tmp_path)
+    runs, others = comparison.of("castle", "lora"), comparison.of("castle", "atoms")
+    mean, low, high = paired(comparison, runs, others)["fidelity"]
+    assert (mean, low, high) == (pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1))  # on every single image
+    assert paired(comparison, runs[:1], others[1:]) == {}  # no seed in common
+    row = next(row for row in rows_of(comparison) if (row.concept, row.method) == ("castle", "lora"))
+    assert row.differences["fidelity"][0] == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_repeats_no_finished_run_and_ends_with_the_same_scores(tmp_path):
+    whole = experiment(tmp_path / "whole")
+    command = [sys.executable, "-m", "sd_atoms", "compare"]
+    subprocess.run([*command, whole, "--jobs", "2"], check=True, capture_output=True)
+    broken = experiment(tmp_path / "broken")
+    moments, seen = random.Random(0), {}
+    for _ in range(8):
+        process = subprocess.Popen(
+            [*command, broken, "--jobs", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(moments.uniform(4, 16))
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for number in [process.pid, *map(int, children)] if moments.random() < 0.7 else [process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.wait()
+        for path in (tmp_path / "broken/out/runs").rglob(SCORES):
+            stamp = path.stat().st_mtime_ns
+            assert seen.setdefault(path, stamp) == stamp, f"{path} was made twice"
+    subprocess.run([*command, broken, "--jobs", "2"], check=True, capture_output=True)
+    for path in (tmp_path / "whole/out/runs").rglob(SCORES):
+        one, other = (
+            json.loads((tmp_path / name / path.relative_to(tmp_path / "whole")).read_text())
+            for name in ("whole", "broken")
+        )
+        for scores in (one, other):
+            del scores["seconds"], scores["scored_by"]["base"]
+        assert one == other, path

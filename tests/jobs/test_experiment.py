@@ -1,0 +1,109 @@
+"""The file of an experiment: which runs it means, and everything that can be wrong with it."""
+
+import pytest
+import yaml
+
+from sd_atoms.errors import UserError
+from sd_atoms.jobs.experiment import chosen_rate, read_plan
+
+ENTRIES = {
+    "output_dir": "out",
+    "settings": {"pretrained_model_name_or_path": "pocket", "max_train_steps": 7},
+    "concepts": {"castle": {"config": "pocket/castle"}, "canal": {"config": "pocket/canal", "max_train_steps": 9}},
+    "methods": {"atoms": None, "atoms (9, 4)": {"method": "atoms", "m1": 4}, "lora": {"rank": 8}},
+    "seeds": "0-1",
+    "networks": ["pocket:clip"],
+}
+
+
+def plan_of(tmp_path, flags=(), **changes):
+    entries = {name: value for name, value in {**ENTRIES, **changes}.items() if value != "left out"}
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+    return read_plan(str(tmp_path / "e.yaml"), dict(flags))
+
+
+def test_every_method_is_trained_on_every_concept_with_every_seed(tmp_path):
+    plan = plan_of(tmp_path)
+    assert [run.name for run in plan.runs][:2] == ["castle/pretrained", "canal/pretrained"]
+    scored = [run for run in plan.runs if run.stage == "scored"]
+    assert [run.name for run in scored if run.concept == "castle"] == [
+        f"castle/{method}/seed-{seed}" for method in ("atoms", "atoms_9_4", "lora") for seed in (0, 1)
+    ]
+    assert len(scored) == 12
+    config = plan.config(plan.named("castle/atoms_9_4/seed-1"))
+    assert (config.method.method, config.method.m1, config.loop.seed) == ("atoms", 4, 1)
+    assert config.output.output_dir == "out/runs/castle/atoms_9_4/seed-1"
+    assert config.images.prompts_file is None  # the experiment draws
+    assert plan.against == "lora"
+
+
+def test_a_concepts_own_settings_win_over_those_of_all_and_these_over_its_file(tmp_path):
+    plan = plan_of(tmp_path)
+    steps = [plan.config(plan.named(f"{name}/lora/seed-0")).loop.max_train_steps for name in ("castle", "canal")]
+    assert steps == [7, 9]
+    assert plan.config(plan.named("castle/lora/seed-0")).data.instance_data_dir == "pocket:castle"
+    assert plan.config(plan.named("castle/lora/seed-0")).method.rank == 8
+
+
+def test_rates_are_tried_on_other_seeds_and_prompts_and_the_best_is_taken(tmp_path):
+    plan = plan_of(
+        tmp_path,
+        rates={"factors": [0.5, 1], "seeds": [100, 101]},
+        methods={"atoms": None, "lora": {"learning_rate": 1e-3}},
+    )
+    tried = [run for run in plan.runs if run.stage == "rate"]
+    assert [run.name for run in tried] == [
+        f"rates/castle/atoms/{rate}/seed-{seed}" for rate in ("0.005", "0.01") for seed in (100, 101)
+    ]
+    assert not set(plan.tuning) & set(plan.prompts)
+    run = plan.named("canal/atoms/seed-0")
+    assert run.needs == ("canal/pretrained", *(other.name for other in tried))
+    assert plan.named("canal/lora/seed-0").needs == ("canal/pretrained",)
+    scores = dict(zip((other.name for other in tried), (0.5, 0.1, 0.2, 0.3), strict=True))
+    assert chosen_rate(plan, run, lambda other: scores[other.name]) == 0.005
+    assert plan.config(run, 0.005).optimiser.learning_rate == 0.005
+    scores["rates/castle/atoms/0.005/seed-101"] = None  # one that failed is not the mean of what is left
+    assert chosen_rate(plan, run, lambda other: scores[other.name]) == 0.01
+    with pytest.raises(UserError, match="has a score to choose by"):
+        chosen_rate(plan, run, lambda other: None)
+    assert chosen_rate(plan, plan.named("canal/lora/seed-0"), lambda other: None) is None
+
+
+def test_a_flag_wins_over_the_file(tmp_path):
+    plan = plan_of(tmp_path, {"seeds": "5", "output_dir": "there"})
+    assert {run.seed for run in plan.runs if run.stage == "scored"} == {5}
+    assert str(plan.folder) == "there"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"concepts": "left out"}, "concepts is required"),
+        ({"methods": {}}, "concepts and methods: one or more are needed"),
+        ({"methods": ["lora"]}, "methods: `name: value` lines are needed"),
+        ({"networks": "left out"}, "networks is required"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"settings": {"output_dir": "x"}}, "settings: output_dir: the experiment decides it"),
+        ({"methods": {"lora": {"seed": 3}}}, "methods.lora: seed: the experiment decides it"),
+        ({"methods": {"lora": {"m1": 3}}}, "m1"),
+        ({"methods": {"nonsense": None}}, "nonsense"),
+        ({"methods": {"lora": {"rnak": 3}}}, "did you mean rank"),
+        ({"methods": {"lora": None, "LoRA": {"method": "lora"}}}, "two runs would have this folder"),
+        ({"fidelity": "openai/clip"}, "fidelity: 'openai/clip' is not among networks: pocket:clip"),
+        ({"against": "dora"}, "against: 'dora' is not among methods: atoms, atoms"),
+        ({"scales": "a"}, "scales: 'a': numbers with commas between are needed"),
+        ({"scales": [99]}, "scales: 99 is out of range"),
+        ({"shown_prompts": [99]}, "shown_prompts: 99: 0 to 19 is allowed"),
+        ({"rates": {"factors": []}}, "rates: factors: a list of numbers above 0 is needed"),
+        ({"rates": {"factors": [1], "speed": 1}}, "rates: unknown key 'speed'"),
+        ({"rates": {"factors": [1], "concepts": ["dog"]}}, "rates: concepts: of castle, canal"),
+        ({"rates": {"factors": [1], "seeds": [1]}}, "rates: seeds: 1 are scored too"),
+        ({"rates": {"factors": [1], "prompts_file": "few_shot"}}, "is scored too; take others"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_it(tmp_path, changes, problem):
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, **changes)
+    assert problem in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "e.yaml"))
+    assert "\n" not in str(caught.value)
