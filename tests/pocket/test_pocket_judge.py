@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import CLIPModel, ConvNextModel
+from transformers import CLIPModel, ResNetModel
 
 from sd_atoms import sources
 from sd_atoms.cli import main
@@ -25,12 +25,12 @@ TINY = JudgeSettings(
     max_steps=2,
     batch_size=4,
     landmark_count=24,
-    views=3,
+    rendered_views=3,
+    views_per_landmark=2,
     held_out_groups=1,
     held_out_landmarks=4,
     held_out_of_class=2,
     widths=(4, 8, 8, 8),
-    depths=(1, 1, 1, 1),
 )
 
 
@@ -99,12 +99,11 @@ def test_most_castles_with_the_walls_of_the_personal_one_are_still_drawn():
     assert 0 < sum(views.is_near_concept("castle", shape) for shape in shapes) < 50
 
 
-def test_two_views_of_a_pair_are_different_pictures_of_one_landmark(work_dir):
-    shards = views.load_views(work_dir, TINY)
-    first, second = views.take_pairs(shards, [0, 23], np.random.default_rng(0))
-    for number, one, other in zip((0, 23), first, second, strict=True):
+def test_the_views_of_a_landmark_are_different_pictures_of_it(work_dir):
+    taken = views.take_views(views.load_views(work_dir, TINY), [0, 23], 2, np.random.default_rng(0))
+    for number, pair in zip((0, 23), taken, strict=True):
         own = [picture.tobytes() for picture in views.landmark_views(number, 3)]
-        found = [own.index(view.permute(1, 2, 0).numpy().tobytes()) for view in (one, other)]
+        found = [own.index(view.permute(1, 2, 0).numpy().tobytes()) for view in pair]
         assert found[0] != found[1]
 
 
@@ -139,15 +138,16 @@ def test_softened_pictures_keep_their_level_and_half_of_them_lose_detail():
     torch.testing.assert_close(soft[ratio > 0.9], sharp[ratio > 0.9])
 
 
-def test_the_loss_is_the_cross_entropy_of_the_other_view_among_all_others():
-    first, second = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 2.0]])
-    rows = np.array([[1, 0], [0, 1], [0.6, 0.8], [0, 1]])
-    cosines = rows @ rows.T
-    expected = 0.0
-    for view, other in ((0, 2), (1, 3), (2, 0), (3, 1)):
-        others = [index for index in range(4) if index != view]
-        expected -= cosines[view, other] / 0.5 - np.log(np.exp(cosines[view, others] / 0.5).sum())
-    assert float(judge.contrastive_loss(first, second, 0.5)) == pytest.approx(expected / 4, abs=1e-6)
+def test_the_loss_is_the_mean_cross_entropy_of_the_other_views_of_a_landmark_among_all_views():
+    rows = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [-1, 0], [0, -1]])  # three views of two landmarks each
+    features = torch.tensor(rows * np.array([[1], [2], [3], [1], [5], [1]]), dtype=torch.float32)
+    cosines, losses = rows @ rows.T, []
+    for view in range(6):
+        others = [index for index in range(6) if index != view]
+        own = [index for index in others if index // 3 == view // 3]
+        everything = np.log(np.exp(cosines[view, others] / 0.5).sum())
+        losses += [everything - cosines[view, other] / 0.5 for other in own]
+    assert float(judge.contrastive_loss(features.reshape(2, 3, 2), 0.5)) == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_the_right_view_rate_counts_both_directions():
@@ -161,11 +161,11 @@ def test_the_right_view_rate_counts_both_directions():
 def test_the_figures_are_rates_of_groups_and_stand_beside_those_of_clip(work_dir):
     figures = json.loads((work_dir / "figures.json").read_text())
     assert figures["steps"] == 2
-    model = ConvNextModel.from_pretrained(work_dir / "judge").eval()
+    model = ResNetModel.from_pretrained(work_dir / "judge").eval()
     groups = judge.held_out_views(TINY)
     with torch.no_grad():
         encoded = [
-            (kind, *(model(normalise_pixels(pictures[:, view])).pooler_output for view in (0, 1)))
+            (kind, *(judge.pooled(model, normalise_pixels(pictures[:, view])) for view in (0, 1)))
             for kind, pictures in groups
         ]
     by_hand = {kind: judge.right_view_rate(first, second) for kind, first, second in encoded}
@@ -180,10 +180,10 @@ def test_a_packaged_judge_opens_by_its_name_and_its_features_are_the_pooled_outp
     network = open_network("pocket:judge")
     pictures = views.landmark_views(5, 2)
     found = network.of_images([Image.fromarray(picture) for picture in pictures])
-    model = ConvNextModel.from_pretrained(packaged_judge).eval()
+    model = ResNetModel.from_pretrained(packaged_judge).eval()
     assert model.dtype == torch.float32
     with torch.no_grad():
-        expected = model(normalise_pixels(torch.from_numpy(pictures).permute(0, 3, 1, 2))).pooler_output
+        expected = judge.pooled(model, normalise_pixels(torch.from_numpy(pictures).permute(0, 3, 1, 2)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert network.of_texts is None
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, ConvNextModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetModel
 from transformers.utils import logging
 
 from sd_atoms.files import write_json
@@ -84,8 +84,8 @@ def assemble_clip(work_dir: Path, folder: Path) -> None:
 
 
 def assemble_judge(work_dir: Path, folder: Path) -> None:
-    """A ConvNextModel, whose pooled output are the features, with its image processor."""
-    ConvNextModel.from_pretrained(work_dir / "judge").save_pretrained(folder)
+    """A ResNetModel, whose pooled output are the features, with its image processor."""
+    ResNetModel.from_pretrained(work_dir / "judge").save_pretrained(folder)
     save_image_processor(folder)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from transformers import CLIPModel, ConvNextConfig, ConvNextModel
+from transformers import CLIPModel, ResNetConfig, ResNetModel
 
 from sd_atoms.pocket.pretrain.clip import normalise_pixels, pooled_images, unit
 from sd_atoms.pocket.pretrain.loop import TrainingRun, batch_per_process, mixed_precision
 from sd_atoms.pocket.pretrain.stages import JudgeSettings
-from sd_atoms.pocket.pretrain.views import class_members, landmark_views, load_views, prepare_views, take_pairs
+from sd_atoms.pocket.pretrain.views import class_members, landmark_views, load_views, prepare_views, take_views
 from sd_atoms.pocket.world import LANDMARKS, PICTURE_PX
 
 ANY_CLASS = "any"
@@ -23,7 +23,7 @@ Encoder = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, 128, 128) uint8 -> (n
 
 
 def run(work_dir: Path, settings: JudgeSettings, state: PartialState) -> dict:
-    """Renders the views, trains and writes `work_dir`/judge, a ConvNextModel folder."""
+    """Renders the views, trains and writes `work_dir`/judge, a ResNetModel folder."""
     prepare_views(work_dir, settings, state)
     shards, members = load_views(work_dir, settings), class_members(settings)
     torch.manual_seed(settings.seed)  # the same start in every process
@@ -35,13 +35,12 @@ def run(work_dir: Path, settings: JudgeSettings, state: PartialState) -> dict:
     batch_size = batch_per_process(settings.batch_size, state)
     for _ in training:
         rng, noise = training.random_numbers()
-        first, second = take_pairs(shards, draw_landmarks(members, batch_size, rng), rng)
-        pixels = soften(torch.cat([first, second]), settings, rng, noise)
+        views = take_views(shards, draw_landmarks(members, batch_size, rng), settings.views_per_landmark, rng)
+        pixels = soften(views.flatten(0, 1), settings, rng, noise)
         with mixed_precision(state.device):
-            features = judge(pixel_values=pixels.to(state.device)).pooler_output
-        first, second = features.chunk(2)
-        loss = contrastive_loss(first, second, settings.temperature)
-        training.update(loss, right_view=right_view_rate(first.detach(), second.detach()))
+            features = pooled(judge, pixels).unflatten(0, views.shape[:2])  # (landmarks, views, d)
+        loss = contrastive_loss(features, settings.temperature)
+        training.update(loss, right_view=right_view_rate(features[:, 0].detach(), features[:, 1].detach()))
     if not state.is_main_process:
         return {}
     judge.eval().save_pretrained(work_dir / "judge")
@@ -50,30 +49,27 @@ def run(work_dir: Path, settings: JudgeSettings, state: PartialState) -> dict:
     def clip_features(pixels: torch.Tensor) -> torch.Tensor:
         return clip.visual_projection(pooled_images(clip, normalise_pixels(pixels)))
 
-    def judge_features(pixels: torch.Tensor) -> torch.Tensor:
-        return judge(pixel_values=normalise_pixels(pixels).to(state.device)).pooler_output
-
     held_out = held_out_views(settings)
     return {
         "steps": training.step,
         "seconds": round(training.used_seconds),
         "epochs": round(training.step * settings.batch_size / settings.landmark_count, 2),
-        "judge": evaluate(judge_features, held_out),
+        "judge": evaluate(lambda pixels: pooled(judge, normalise_pixels(pixels)), held_out),
         "clip": evaluate(clip_features, held_out),
     }
 
 
-def build_judge(settings: JudgeSettings) -> ConvNextModel:
-    """A network without batch norm, whose statistics would follow the two classes of a batch."""
-    return ConvNextModel(
-        ConvNextConfig(
-            patch_size=settings.patch_px,
-            hidden_sizes=list(settings.widths),
-            depths=list(settings.depths),
-            layer_scale_init_value=0.0,  # none: it helps networks many times deeper
-            image_size=PICTURE_PX,
-        )
-    )
+def build_judge(settings: JudgeSettings) -> ResNetModel:
+    """A small ResNet. Its batch norms matter: a ConvNeXt, without any, gives every picture the same features from the
+    first steps on, at temperatures of 0.1 to 1.
+    """
+    widths, depths = list(settings.widths), list(settings.depths)
+    return ResNetModel(ResNetConfig(embedding_size=widths[0], hidden_sizes=widths, depths=depths, layer_type="basic"))
+
+
+def pooled(judge: ResNetModel, pixels: torch.Tensor) -> torch.Tensor:
+    """(n, d) features of normalised pixels: the mean over the picture, which are never negative."""
+    return judge(pixel_values=pixels.to(judge.device)).pooler_output.flatten(1)
 
 
 def draw_landmarks(members: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
@@ -100,17 +96,21 @@ def soften(
     return normalise_pixels(pixels + 255 * settings.noise_deviation * torch.randn(pixels.shape, generator=noise))
 
 
-def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
-    """NT-Xent (arXiv 2002.05709): each of 2n views finds the other of its landmark among all the other views.
+def contrastive_loss(features: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Supervised contrastive loss (arXiv 2004.11362, its L_out): each view finds the other views of its landmark among
+    all views but itself.
 
     Args:
-        first: (n, d), one view of each landmark.
-        second: (n, d), another view of each.
+        features: (landmarks, views, d).
         temperature: divides the cosines.
     """
-    views = unit(torch.cat([first, second]))
-    logits = (views @ views.T / temperature).fill_diagonal_(-torch.inf)  # (2n, 2n)
-    return F.cross_entropy(logits, torch.arange(len(views), device=views.device).roll(len(first)))
+    landmarks, views, _ = features.shape
+    vectors = unit(features.flatten(0, 1))
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    logits = (vectors @ vectors.T / temperature).masked_fill(itself, -torch.inf)  # (n, n)
+    own = torch.arange(landmarks, device=vectors.device).repeat_interleave(views)
+    positive = (own[:, None] == own) & ~itself
+    return -logits.log_softmax(1)[positive].mean()
 
 
 def right_view_rate(first: torch.Tensor, second: torch.Tensor) -> float:

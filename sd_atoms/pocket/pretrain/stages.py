@@ -100,14 +100,15 @@ class UnetSettings(TrainingSettings):
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings(TrainingSettings):
     budget_seconds: float = 1_200
-    batch_size: int = 64  # landmarks, half of them of one class and half of another; two views of each
+    batch_size: int = 32  # landmarks, half of them of one class and half of another
+    views_per_landmark: int = 4  # in a batch; 4 of half as many landmarks learn in fewer steps than 2
     learning_rate: float = 1e-3
     warm_up_share: float = 0.05  # a contrastive start is touchy
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.05
     log_every_steps: int = 25
-    landmark_count: int = 12_000  # many landmarks rather than many views: what is asked is whether two are the same
-    views: int = 4  # rendered of each; with these 2.4 GB of pixels, since rendering a batch takes half a step's time
+    landmark_count: int = 8_000
+    rendered_views: int = 6  # of each: 2.4 GB of pixels; rendering each batch would take as long as learning from it
     first_seed: int = 0  # landmark i is drawn from seed first_seed + i
     first_held_out_seed: int = 5_000_000  # far beyond the training seeds, so that the two never meet
     held_out_groups: int = 4  # of each kind; 800 answers bound the error of a rate by 2 %
@@ -115,8 +116,7 @@ class JudgeSettings(TrainingSettings):
     held_out_of_class: int = 20  # in a group of one class
     temperature: float = 0.1
     widths: tuple[int, ...] = (32, 64, 128, 256)  # the last is that of the features
-    depths: tuple[int, ...] = (1, 1, 3, 1)
-    patch_px: int = 4
+    depths: tuple[int, ...] = (1, 1, 1, 1)
     smallest_soft_px: int = 64  # half of the views come back from as few: generated pictures are that soft
     noise_deviation: float = 0.02  # of pixels in [0, 1]
 

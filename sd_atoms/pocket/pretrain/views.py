@@ -33,7 +33,7 @@ def prepare_views(work_dir: Path, settings: JudgeSettings, state: PartialState) 
     state.wait_for_everyone()  # nobody may write before all have looked
     own = missing[state.process_index :: state.num_processes]
     for path in tqdm(own, desc="views", unit="shard", disable=None if state.is_main_process else True):
-        pixels = np.stack([landmark_views(seed, settings.views) for seed in shards[path]])
+        pixels = np.stack([landmark_views(seed, settings.rendered_views) for seed in shards[path]])
         with replacing(path) as temporary:
             np.save(temporary, pixels)
     state.wait_for_everyone()
@@ -44,20 +44,18 @@ def load_views(work_dir: Path, settings: JudgeSettings) -> list[np.ndarray]:
     return [np.load(path, mmap_mode="r") for path in _shards(work_dir, settings)]
 
 
-def take_pairs(
-    shards: list[np.ndarray], landmarks: Sequence[int], rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two different views of each landmark, (n, 3, 128, 128) uint8 twice."""
-    views = shards[0].shape[1]
-    chosen = rng.random((len(landmarks), views)).argsort(1)[:, :2]
-    pairs = np.stack(
+def take_views(
+    shards: list[np.ndarray], landmarks: Sequence[int], count: int, rng: np.random.Generator
+) -> torch.Tensor:
+    """`count` different views of each landmark, (n, count, 3, 128, 128) uint8."""
+    chosen = rng.random((len(landmarks), shards[0].shape[1])).argsort(1)[:, :count]
+    pixels = np.stack(
         [
-            shards[landmark // SHARD_LANDMARKS][landmark % SHARD_LANDMARKS, pair]
-            for landmark, pair in zip(landmarks, chosen, strict=True)
+            shards[landmark // SHARD_LANDMARKS][landmark % SHARD_LANDMARKS, views]
+            for landmark, views in zip(landmarks, chosen, strict=True)
         ]
-    )  # (n, 2, 128, 128, 3)
-    first, second = torch.from_numpy(pairs).permute(1, 0, 4, 2, 3)
-    return first, second
+    )  # (n, count, 128, 128, 3)
+    return torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)
 
 
 def class_members(settings: JudgeSettings) -> list[np.ndarray]:
@@ -142,4 +140,6 @@ def _shards(work_dir: Path, settings: JudgeSettings) -> dict[Path, range]:
     """The seeds of the landmarks in each shard."""
     seeds = _seeds(settings)
     parts = [seeds[first : first + SHARD_LANDMARKS] for first in range(0, len(seeds), SHARD_LANDMARKS)]
-    return {work_dir / "views" / f"{part.start:06}-{part.stop:06}x{settings.views}.npy": part for part in parts}
+    return {
+        work_dir / "views" / f"{part.start:06}-{part.stop:06}x{settings.rendered_views}.npy": part for part in parts
+    }
