@@ -101,7 +101,7 @@ class UnetSettings(TrainingSettings):
 class JudgeSettings(TrainingSettings):
     budget_seconds: float = 1_200
     batch_size: int = 32  # landmarks, half of them of one class and half of another
-    views_per_landmark: int = 4  # in a batch; 4 of half as many landmarks learn in fewer steps than 2
+    views_per_landmark: int = 4  # in a batch: each is drawn to three others at once
     learning_rate: float = 1e-3
     warm_up_share: float = 0.05  # a contrastive start is touchy
     betas: tuple[float, float] = (0.9, 0.99)

@@ -19,7 +19,7 @@ from sd_atoms.pocket.world.castle import Banner
 from sd_atoms.pocket.world.landmarks import Shape
 from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, VIVID_COLOURS, Pen, jitter
 
-SHARD_LANDMARKS = 250  # three seconds of rendering: little is lost by an interruption
+SHARD_LANDMARKS = 250  # five seconds of rendering: little is lost by an interruption
 # Levels of 255. 1 in 100 castles is as near to the personal one, 1 in 6 of its wall colour; no canal is by chance. The
 # personal castle without its banner differs from itself by 6 levels, with grey walls by 31.
 NEAR = 30
