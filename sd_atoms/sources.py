@@ -10,6 +10,7 @@ _PACKAGE = Path(__file__).parent
 _PACKAGED = {
     "pocket": _PACKAGE / "pocket" / "weights" / "pocket-sd",  # a StableDiffusionPipeline
     "pocket:clip": _PACKAGE / "pocket" / "weights" / "pocket-clip",  # the CLIPModel that scores its images
+    "pocket:judge": _PACKAGE / "pocket" / "weights" / "pocket-judge",  # tells whether two show one landmark
     "pocket:castle": _PACKAGE / "pocket" / "concepts" / "castle",  # five photos of a personal concept
     "pocket:canal": _PACKAGE / "pocket" / "concepts" / "canal",
 }
@@ -21,11 +22,10 @@ def packaged_path(name: str) -> Path | None:
     Raises:
         UserError: `name` begins with "pocket:" but nothing of that name is packaged.
     """
-    if name in _PACKAGED:
-        return _PACKAGED[name]
-    if name.startswith("pocket:"):
-        raise UserError(f"{name!r} is not packaged; there is {', '.join(_PACKAGED)}")
-    return None
+    there = {packaged: path for packaged, path in _PACKAGED.items() if path.is_dir()}
+    if name not in there and name.startswith("pocket:"):
+        raise UserError(f"{name!r} is not packaged; there is {', '.join(there)}")
+    return there.get(name)
 
 
 def packaged_file(name: str, folder: str, suffix: str) -> Path | None:

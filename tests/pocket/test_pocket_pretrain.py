@@ -17,9 +17,16 @@ from sd_atoms.commands import pretrain_pocket
 from sd_atoms.errors import UserError
 from sd_atoms.pocket import pretrain
 from sd_atoms.pocket.manifest import WEIGHTS_FOLDER, verify_weights
-from sd_atoms.pocket.pretrain import clip, images, loop, tokenizer, unet, vae
+from sd_atoms.pocket.pretrain import clip, images, judge, loop, tokenizer, unet, vae
 from sd_atoms.pocket.pretrain.checkpoint import load_checkpoint, save_checkpoint
-from sd_atoms.pocket.pretrain.stages import STAGES, ClipSettings, TokenizerSettings, UnetSettings, VaeSettings
+from sd_atoms.pocket.pretrain.stages import (
+    STAGES,
+    ClipSettings,
+    JudgeSettings,
+    TokenizerSettings,
+    UnetSettings,
+    VaeSettings,
+)
 from sd_atoms.pocket.world import caption, sample
 from sd_atoms.settings import resolve
 from sd_atoms.sources import packaged_path
@@ -37,6 +44,16 @@ TINY = {
     },
     "clip": {"batch_size": 4, "width": 32, "layers": 1},
     "unet": {"batch_size": 2, "channels": (8, 8, 8), "norm_groups": 4},
+    "judge": {
+        "batch_size": 4,
+        "landmark_count": 12,
+        "views_per_landmark": 2,
+        "rendered_views": 2,
+        "held_out_groups": 1,
+        "held_out_landmarks": 4,
+        "held_out_of_class": 2,
+        "widths": (4, 8, 8, 8),
+    },
 }
 
 
@@ -95,9 +112,10 @@ def test_all_stages_end_in_a_clip_that_compares(work_dir):
 def test_assembled_weights_are_half_precision_and_match_their_manifest(work_dir):
     verify_weights(work_dir / "weights")
     weights = sorted((work_dir / "weights").rglob("*.safetensors"))
-    assert len(weights) == 4
+    assert len(weights) == 5
     for path in weights:
-        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+        tensors = load_file(path).values()
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
     manifest = json.loads((work_dir / "weights" / "manifest.json").read_text("utf-8"))
     assert manifest["stages"]["unet"]["figures"]["steps"] == 2
     assert str(work_dir) not in json.dumps(manifest)
@@ -112,7 +130,8 @@ def test_assembled_folder_has_the_files_of_the_packaged_one(work_dir):
     def names(folder):
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
-    assert names(work_dir / "weights") == names(WEIGHTS_FOLDER)
+    for folder in (path for path in WEIGHTS_FOLDER.iterdir() if path.is_dir()):
+        assert names(work_dir / "weights" / folder.name) == names(folder)
 
 
 def test_finished_stages_are_skipped(work_dir, capsys):
@@ -134,6 +153,7 @@ TRAINED = [
     ("vae", vae, "edge_loss", "diffusion_pytorch_model.safetensors"),
     ("clip", clip, "name_attributes", "model.safetensors"),
     ("unet", unet, "update_ema", "diffusion_pytorch_model.safetensors"),
+    ("judge", judge, "contrastive_loss", "model.safetensors"),
 ]
 
 
@@ -294,11 +314,15 @@ def test_the_settings_in_the_manifest_build_the_packaged_networks():
     denoiser = unet.build_unet(
         settings_of(UnetSettings, made["unet"]), autoencoder.config, comparer.config.text_config.hidden_size
     )
-    for model, file in (
+    models = [
         (autoencoder, packaged / "vae" / "diffusion_pytorch_model.safetensors"),
         (denoiser, packaged / "unet" / "diffusion_pytorch_model.safetensors"),
         (comparer, packaged_path("pocket:clip") / "model.safetensors"),
-    ):
+    ]
+    if "judge" in made:
+        arbiter = judge.build_judge(settings_of(JudgeSettings, made["judge"]))
+        models.append((arbiter, packaged_path("pocket:judge") / "model.safetensors"))
+    for model, file in models:
         stored = {name: tensor.shape for name, tensor in load_file(file).items()}
         assert {name: tensor.shape for name, tensor in model.state_dict().items()} == stored
     for built, part in ((denoiser.config, "unet"), (autoencoder.config, "vae")):
@@ -366,7 +390,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, stage, a
 
 def test_the_budget_of_all_is_split_in_the_proportions_of_the_defaults():
     resolved = pretrain.resolve_settings("all", 1000, None, None)
-    seconds = {name: resolved[name].budget_seconds for name in ("vae", "clip", "unet")}
+    seconds = {name: resolved[name].budget_seconds for name in ("vae", "clip", "unet", "judge")}
     assert sum(seconds.values()) == pytest.approx(1000)
     defaults = (VaeSettings().budget_seconds, UnetSettings().budget_seconds)
     assert seconds["vae"] / seconds["unet"] == pytest.approx(defaults[0] / defaults[1])

@@ -1,4 +1,5 @@
-"""How the pocket base is made: pictures and captions, a tokenizer, an autoencoder, a CLIP, a UNet, the pipeline.
+"""How the pocket base is made: pictures and captions, a tokenizer, an autoencoder, a CLIP, a UNet, a judge of
+identity, the pipeline.
 
 All of it takes about half a day of two quiet CPU cores with bfloat16 instructions (avx512_bf16). The budgets are in
 seconds: slower processors need larger ones for the same number of steps. Every stage can be interrupted: the same

@@ -1,4 +1,4 @@
-"""Stage "assemble": puts the trained parts into a pipeline folder and a CLIP folder, with a manifest."""
+"""Stage "assemble": puts the trained parts into a pipeline, a CLIP and a judge folder, with a manifest."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetModel
 from transformers.utils import logging
 
 from sd_atoms.files import write_json
@@ -20,7 +20,7 @@ from sd_atoms.pocket.world import PICTURE_PX
 
 
 def run(work_dir: Path, settings: AssembleSettings, state: PartialState) -> dict:
-    """Writes `work_dir`/weights: pocket-sd, pocket-clip and manifest.json, in one go."""
+    """Writes `work_dir`/weights: pocket-sd, pocket-clip, pocket-judge if it is made, and manifest.json, in one go."""
     if not state.is_main_process:
         return {}
     unfinished, weights = work_dir / ".weights-unfinished", work_dir / "weights"
@@ -29,6 +29,8 @@ def run(work_dir: Path, settings: AssembleSettings, state: PartialState) -> dict
             shutil.rmtree(folder)
     assemble_pipeline(work_dir, unfinished / "pocket-sd")
     assemble_clip(work_dir, unfinished / "pocket-clip")
+    if finished_path(work_dir, "judge").exists():
+        assemble_judge(work_dir, unfinished / "pocket-judge")
     for path in unfinished.rglob("*.safetensors"):
         store_as(path, getattr(torch, settings.storage_dtype))
     files = file_entries(unfinished)
@@ -78,6 +80,16 @@ def assemble_clip(work_dir: Path, folder: Path) -> None:
     CLIPModel.from_pretrained(work_dir / "clip").save_pretrained(folder)
     CLIPTokenizer.from_pretrained(work_dir / "tokenizer").save_pretrained(folder)
     copy_classic_tokenizer(work_dir, folder)
+    save_image_processor(folder)
+
+
+def assemble_judge(work_dir: Path, folder: Path) -> None:
+    """A ResNetModel, whose pooled output are the features, with its image processor."""
+    ResNetModel.from_pretrained(work_dir / "judge").save_pretrained(folder)
+    save_image_processor(folder)
+
+
+def save_image_processor(folder: Path) -> None:
     crop = {"height": PICTURE_PX, "width": PICTURE_PX}
     CLIPImageProcessor(size={"shortest_edge": PICTURE_PX}, crop_size=crop).save_pretrained(folder)
 
@@ -107,5 +119,5 @@ def edit_json(path: Path, **fields: object) -> None:
 
 def finished_stages(work_dir: Path) -> dict[str, dict]:
     """How each earlier stage was made, as it recorded it."""
-    names = [name for name in STAGES if name != "assemble"]
-    return {name: json.loads(finished_path(work_dir, name).read_text(encoding="utf-8")) for name in names}
+    paths = {name: finished_path(work_dir, name) for name in STAGES if name != "assemble"}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}

@@ -1,4 +1,4 @@
-"""What the three training loops share: progress, learning rate, averaged gradients, log and checkpoints."""
+"""What the training loops share: progress, learning rate, averaged gradients, log and checkpoints."""
 
 import json
 import math

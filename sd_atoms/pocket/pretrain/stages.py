@@ -21,7 +21,7 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What the three training stages share.
+    """What the training stages share.
 
     Training ends when the seconds spent over all its resumes reach `budget_seconds`, or after exactly `max_steps`
     where that is given; the learning rate falls over the last `decay_share` of whichever applies, so that a run always
@@ -98,6 +98,30 @@ class UnetSettings(TrainingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeSettings(TrainingSettings):
+    budget_seconds: float = 1_200
+    batch_size: int = 32  # landmarks, half of them of one class and half of another
+    views_per_landmark: int = 4  # in a batch: each is drawn to three others at once
+    learning_rate: float = 1e-3
+    warm_up_share: float = 0.05  # a contrastive start is touchy
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.05
+    log_every_steps: int = 25
+    landmark_count: int = 8_000
+    rendered_views: int = 6  # of each: 2.4 GB of pixels; rendering each batch would take as long as learning from it
+    first_seed: int = 0  # landmark i is drawn from seed first_seed + i
+    first_held_out_seed: int = 5_000_000  # far beyond the training seeds, so that the two never meet
+    held_out_groups: int = 4  # of each kind; 800 answers bound the error of a rate by 2 %
+    held_out_landmarks: int = 100  # in a group of any class
+    held_out_of_class: int = 20  # in a group of one class
+    temperature: float = 0.1
+    widths: tuple[int, ...] = (32, 64, 128, 256)  # the last is that of the features
+    depths: tuple[int, ...] = (1, 1, 1, 1)
+    smallest_soft_px: int = 64  # half of the views come back from as few: generated pictures are that soft
+    noise_deviation: float = 0.02  # of pixels in [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AssembleSettings:
     storage_dtype: str = "float16"  # halves the files; the configs say float32, so everything computes in float32
 
@@ -116,6 +140,7 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(VaeSettings(), needs=("images",)),
     "clip": Stage(ClipSettings(), needs=("images", "tokenizer")),
     "unet": Stage(UnetSettings(), needs=("images", "tokenizer", "vae", "clip")),
+    "judge": Stage(JudgeSettings(), needs=("clip",)),
     "assemble": Stage(AssembleSettings(), needs=("images", "tokenizer", "vae", "clip", "unet")),
 }
 TRAINING_STAGES = tuple(name for name, stage in STAGES.items() if isinstance(stage.settings, TrainingSettings))

@@ -22,13 +22,17 @@ NIGHT_BLUE = (20, 24, 70, 255)
 LAMPLIGHT = (255, 220, 110)
 
 
-def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: PICTURE_PX square, RGB, a pure function of the scene.
+def render(scene: Scene, shape: Shape | None = None) -> Image.Image:
+    """The picture of a scene: PICTURE_PX square, RGB, a pure function of the scene and the shape.
 
     The order of the random draws is part of the world: another order gives other pictures.
+
+    Args:
+        scene: what is in it.
+        shape: of the landmark, of the class that the scene names; None: the one that the scene determines.
     """
     rng = random.Random(scene.seed)
-    shape = shape_of(scene)
+    shape = shape or shape_of(scene)
     image = Image.new("RGB", (CANVAS_PX, CANVAS_PX))
     pen = Pen(image)
     drawn_shift, drawn_size = rng.uniform(-9, 9), rng.uniform(52, 70)
