@@ -21,7 +21,6 @@ from sd_atoms.commands import train
 from sd_atoms.data.concepts import find_images
 from sd_atoms.data.prompts import fill
 from sd_atoms.errors import UserError
-from sd_atoms.evaluation.folder import GROUPS
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.evaluation.run import RESIZE, Drawn, score_run
 from sd_atoms.files import write_json, write_text
@@ -78,48 +77,65 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
     """
     flags = vars(arguments)
-    path = flags.pop("file")
+    file = flags.pop("file")
     working = resolve(Working, {name: flags.pop(name) for name in [*flags] if name in Working.__dataclass_fields__})
-    plan = read_plan(path, flags)
-    _check_groups(plan.experiment.metrics)
+    if not (working.run or working.dry_run or working.status):
+        print(report_text(*work_through(file, flags, working)))
+        return
+    plan = read_plan(file, flags)
     if working.run is not None:
         try:
             do_run(plan, plan.named(working.run))
         except Taken:
             raise SystemExit(TAKEN) from None
-        return
-    words = [path, *(f"--{name}={value}" for name, value in flags.items())]
-    jobs = [job_of(plan, run, words) for run in plan.runs]
-    if working.dry_run:
+    elif working.dry_run:
         print(plan_text(plan))
-    elif working.status:
-        print(
-            status_text(jobs, plan.folder / QUEUE, lambda job: _seconds_of(job.done), lambda job: _step_of(plan, job))
-        )
     else:
-        compare(plan, jobs, working)
+        jobs = jobs_of(plan, file, flags)
+        print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
 
 
-def compare(plan: Plan, jobs: Sequence[Job], working: Working = Working()) -> dict[str, Any]:
-    """Works through all runs that are not finished, and writes the report; returns what is in its results.json.
+def compare(
+    file: str,
+    *,
+    jobs: int = 1,
+    devices: str | None = None,
+    threads: int | None = None,
+    merge: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`sd-atoms compare` as a call: works through all runs that are not finished, and writes the report.
+
+    Args:
+        file: the experiment, or a packaged one such as "compare/pocket_quick".
+        jobs, devices, threads, merge: as the flags.
+        settings: of the experiment, over those of the file: output_dir, seeds, networks, …
+
+    Returns:
+        what is in report/results.json.
 
     Raises:
-        UserError: a folder holds something else, or no run could be finished.
+        UserError: the file or the settings are wrong, a folder holds something else, or no run could be finished.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
+    working = Working(jobs=jobs, devices=devices, threads=threads, merge=merge)
+    return work_through(file, settings, working)[0]
+
+
+def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple[dict[str, Any], Path]:
+    """The results of an experiment and the folder of its report; raises as `compare` does."""
+    plan = read_plan(file, flags)
     slots = make_slots(working.jobs, working.devices or "", working.threads)
     check_folders(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():
-            merge(plan, Path(folder.strip()))
+            merge_from(plan, Path(folder.strip()))
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
-    failed = run_jobs(jobs, plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
+    failed = run_jobs(jobs_of(plan, file, flags), plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
     comparison = comparison_of(plan, failed)
     if not comparison.runs:
         raise UserError(f"{plan.folder}: no run could be finished; the first: {next(iter(failed.values()))}")
-    results = write_report(comparison, plan.folder / "report")
-    print(report_text(results, plan.folder / "report"))
-    return results
+    return write_report(comparison, plan.folder / "report"), plan.folder / "report"
 
 
 def do_run(plan: Plan, run: Run) -> None:
@@ -241,10 +257,10 @@ def judges(plan: Plan, networks: Mapping[str, Any]) -> tuple[str, str | None]:
     return plan.experiment.fidelity or plan.networks[0], plan.experiment.text or next(iter(knowing), None)
 
 
-def job_of(plan: Plan, run: Run, words: Sequence[str]) -> Job:
-    """A run as a process of its own."""
-    command = (sys.executable, "-m", "sd_atoms", "compare", *words, "--run", run.name)
-    return Job(run.name, plan.run_folder(run) / SCORES, command, run.needs)
+def jobs_of(plan: Plan, file: str, flags: Mapping[str, Any]) -> list[Job]:
+    """Every run as a process of its own."""
+    words = [sys.executable, "-m", "sd_atoms", "compare", file, *(f"--{name}={flags[name]}" for name in flags)]
+    return [Job(run.name, plan.run_folder(run) / SCORES, (*words, "--run", run.name), run.needs) for run in plan.runs]
 
 
 def check_folders(plan: Plan) -> None:
@@ -279,7 +295,7 @@ def check_same(config: TrainConfig, folder: Path, any_rate: bool = False) -> Non
         )
 
 
-def merge(plan: Plan, other: Path) -> None:
+def merge_from(plan: Plan, other: Path) -> None:
     """Copies the finished runs of another folder of the same experiment that are missing here.
 
     Raises:
@@ -438,17 +454,11 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _seconds_of(path: Path) -> float | None:
-    return read_scores(path).get("seconds")
+def _seconds_of(job: Job) -> float | None:
+    return read_scores(job.done).get("seconds")
 
 
 def _step_of(plan: Plan, job: Job) -> str:
     log, run = read_log(plan.run_folder(plan.named(job.name)) / LOG), plan.named(job.name)
     steps = plan.config(run).loop.max_train_steps
     return f"step {log[-1]['step']} of {steps}" if log else ""
-
-
-def _check_groups(text: str) -> None:
-    unknown = [name.strip() for name in text.split(",") if name.strip() not in GROUPS]
-    if unknown:
-        raise UserError(f"metrics: {', '.join(map(repr, unknown))}: of {', '.join(GROUPS)}, with commas between")

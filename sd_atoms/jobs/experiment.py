@@ -22,6 +22,7 @@ from typing import Any
 
 from sd_atoms.data.prompts import load_prompts, load_templates, parse_seeds
 from sd_atoms.errors import UserError
+from sd_atoms.evaluation.folder import GROUPS
 from sd_atoms.methods import get_method
 from sd_atoms.settings import read_config, resolve, setting, shown
 from sd_atoms.training.config import TrainConfig
@@ -340,6 +341,8 @@ def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, 
 def _wrong_in(plan: Plan) -> list[str]:
     """What does not go together."""
     experiment, problems = plan.experiment, []
+    unknown = [name.strip() for name in experiment.metrics.split(",") if name.strip() not in GROUPS]
+    problems += [f"metrics: {name!r}: of {', '.join(GROUPS)}, with commas between" for name in unknown]
     for name in ("fidelity", "text"):
         own = getattr(experiment, name)
         if own is not None and own not in plan.networks:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from sd_atoms.cli import main
 from sd_atoms.commands import compare
-from sd_atoms.commands.compare import SCORES, comparison_of, do_run, merge, selection_score
+from sd_atoms.commands.compare import SCORES, comparison_of, do_run, merge_from, selection_score
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
@@ -194,7 +194,7 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(compared, tmp_path
 def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(compared, tmp_path):
     plan, _ = compared
     elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
-    merge(elsewhere, plan.folder)
+    merge_from(elsewhere, plan.folder)
     assert json.loads((tmp_path / "here/runs/castle/lora/seed-0" / SCORES).read_text()) == scores_of(
         plan, "castle/lora/seed-0"
     )
@@ -206,9 +206,9 @@ def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(co
     scores["scored_by"]["networks"]["pocket:clip"] = "another"
     path.write_text(json.dumps(scores))
     with pytest.raises(UserError, match="cannot stand beside .*: networks differ"):
-        merge(elsewhere, changed)
+        merge_from(elsewhere, changed)
     with pytest.raises(UserError, match="holds no finished run of this experiment"):
-        merge(elsewhere, tmp_path)
+        merge_from(elsewhere, tmp_path)
 
 
 def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
