@@ -26,7 +26,7 @@ from sd_atoms.evaluation.run import RESIZE, Drawn, score_run
 from sd_atoms.files import write_json, write_text
 from sd_atoms.generation import Request, generate_missing, making_notes
 from sd_atoms.jobs.experiment import PRETRAINED, Experiment, Plan, Run, chosen_rate, read_plan
-from sd_atoms.jobs.queue import TAKEN, Job, Taken, held, make_slots, run_jobs, status_text
+from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, run_jobs, status_text
 from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.methods.adapters import set_adapters
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
@@ -34,30 +34,24 @@ from sd_atoms.pipeline.fingerprint import weights_digest
 from sd_atoms.pipeline.sizes import training_resolution_px
 from sd_atoms.report.comparison import Comparison, report_text, write_report
 from sd_atoms.report.rows import selection
-from sd_atoms.settings import add_flags, read_yaml, replaced, resolve, setting, to_yaml
+from sd_atoms.settings import add_flags, fields_of, read_yaml, replaced, resolve, section, setting, to_yaml
 from sd_atoms.sources import public_name
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import ADAPTER, CONFIG, LOG, METRICS, changed_settings, read_log
 
 SCORES, DRAWN, QUEUE, CACHE = "scores.json", "drawn", "queue", "cache"
-HOW = "how it is worked through"
 
 
 @dataclass(frozen=True)
 class Working:
     """How an experiment is worked through."""
 
-    jobs: int = setting(1, HOW, "runs at once", low=1, high=1000)
-    devices: str | None = setting(None, HOW, "cuda:0,cuda:1 or cpu: runs take them in turn; none = as each finds it")
-    threads: int | None = setting(None, HOW, "cores of each run; none = all, divided", low=1)
-    status: bool = setting(False, HOW, "only say how far it has come")
+    queue: QueueSettings = section(QueueSettings)
     dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
     run: str | None = setting(None, HOW, "do this one run here and now, as the jobs of a scheduler do")
     merge: str | None = setting(
-        None,
-        HOW,
-        "folders of the same experiment from other machines, comma-separated; their finished runs are copied",
+        None, HOW, "other folders of the same experiment, comma-separated; their finished runs are copied"
     )
 
 
@@ -78,8 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     flags = vars(arguments)
     file = flags.pop("file")
-    working = resolve(Working, {name: flags.pop(name) for name in [*flags] if name in Working.__dataclass_fields__})
-    if not (working.run or working.dry_run or working.status):
+    working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    if not (working.run or working.dry_run or working.queue.status):
         print(report_text(*work_through(file, flags, working)))
         return
     plan = read_plan(file, flags)
@@ -118,14 +112,14 @@ def compare(
         UserError: the file or the settings are wrong, a folder holds something else, or no run could be finished.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    working = Working(jobs=jobs, devices=devices, threads=threads, merge=merge)
+    working = Working(QueueSettings(jobs=jobs, devices=devices, threads=threads), merge=merge)
     return work_through(file, settings, working)[0]
 
 
 def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple[dict[str, Any], Path]:
     """The results of an experiment and the folder of its report; raises as `compare` does."""
     plan = read_plan(file, flags)
-    slots = make_slots(working.jobs, working.devices or "", working.threads)
+    slots = working.queue.slots()
     check_folders(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():

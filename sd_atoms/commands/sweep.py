@@ -6,23 +6,22 @@ import itertools
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_atoms.commands import train
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
-from sd_atoms.machine import forget_accelerator
+from sd_atoms.jobs.queue import Job, QueueSettings, failure_of, run_jobs, status_text
 from sd_atoms.report.sweep import SCORE_FORMULA, Entry, harmonic_mean, in_order, show, sweep_figure, sweep_markdown
-from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve
-from sd_atoms.training.checkpoint import checkpoints
+from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
-from sd_atoms.training.run_folder import CHECKPOINTS, CONFIG, LOG, METRICS, changed_settings, read_log
+from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, changed_settings, read_log
 
-TABLE, NUMBERS, PLOT = "sweep.md", "sweep.json", "sweep.png"
+TABLE, NUMBERS, PLOT, QUEUE = "sweep.md", "sweep.json", "sweep.png", "queue"
 NOT_VARIED = (
     "output_dir",
     "overwrite",
@@ -48,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings; flags win over it, and --vary over both"
     )
+    add_flags(parser, QueueSettings)
     add_flags(parser, TrainConfig)
 
 
@@ -56,11 +56,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         UserError: the words or the settings are wrong, or no point could be finished.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the point is on disk.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the points that ran have a checkpoint on disk.
     """
     flags = vars(arguments)
     vary, path = parse_vary(flags.pop("vary")), flags.pop("config")
-    sweep(vary, flags, path)
+    queue = resolve(QueueSettings, {name: flags.pop(name) for name in fields_of(QueueSettings) if name in flags})
+    if queue.status:
+        points = grid_points(vary, flags, path)
+        folder = Path(points[0].config.output.output_dir).parent
+        print(status_text([job_of(point) for point in points], folder / QUEUE, _seconds_of, _step_of))
+    else:
+        sweep(vary, flags, path, queue)
 
 
 class Point(typing.NamedTuple):
@@ -129,44 +135,76 @@ def grid_points(vary: Mapping[str, Sequence[str]], flags: Mapping[str, Any], con
     return points
 
 
-def sweep(vary: Mapping[str, Sequence[str]], flags: Mapping[str, Any], config_path: str | None = None) -> Path:
+def sweep(
+    vary: Mapping[str, Sequence[str]],
+    flags: Mapping[str, Any],
+    config_path: str | None = None,
+    queue: QueueSettings | None = None,
+) -> Path:
     """Trains every point that is not finished yet, and tells of all in sweep.json, sweep.md and sweep.png.
 
-    A point that ends with a UserError is entered with its reason, and the sweep goes on.
+    A point that fails is entered with its reason, and the sweep goes on.
 
     Args:
         vary: from `parse_vary`.
         flags: the other settings, as parsed.
         config_path: a YAML file of settings, or None.
+        queue: how many points at once, and where; None = one.
 
     Returns:
         the folder; each point is a run folder inside it.
 
     Raises:
         UserError: the settings are wrong, the folder holds something else, or no point could be finished.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the point is on disk.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the points that ran have a checkpoint on disk.
     """
     points = grid_points(vary, flags, config_path)
+    slots = (queue or QueueSettings()).slots()
     folder = Path(points[0].config.output.output_dir).parent
     check_folder(folder, points)
     grid = {name: list(dict.fromkeys(point.values[name] for point in points)) for name in vary}
-    entries = []
-    for number, point in enumerate(points, 1):
-        if is_finished(point):
-            print(f"[{number}/{len(points)}] {point.name}: finished already")
-            entries.append(read_entry(point))
-        else:
-            print(f"[{number}/{len(points)}] {point.name}", flush=True)
-            entries.append(run_point(point))
-        write_report(folder, entries, grid)
-    failures = [entry.failure for entry in entries if entry.failure]
-    if len(failures) == len(entries):
-        raise UserError(f"{folder}: no point could be finished; the first: {failures[0]}")
+    jobs = [job_of(point) for point in points]
+    if points[0].config.output.overwrite:
+        for job in jobs:
+            job.done.unlink(missing_ok=True)
+    for point in points:
+        write_text(_settings_path(point), to_yaml(point.config))
+
+    def told(text: str) -> None:
+        print(text, flush=True)
+        write_report(folder, entries_of(points, folder), grid)
+
+    print(f"{len(points)} points, {sum(job.done.exists() for job in jobs)} of them finished already", flush=True)
+    failures = run_jobs(jobs, folder / QUEUE, slots, told)
+    if len(failures) == len(points):
+        raise UserError(f"{folder}: no point could be finished; the first: {next(iter(failures.values()))}")
+    entries = entries_of(points, folder)
+    write_report(folder, entries, grid)
     best = max((entry for entry in entries if entry.score is not None), key=lambda entry: entry.score, default=None)
     print(f"\n{folder / TABLE}: {len(entries)} points" + (f", {len(failures)} failed" if failures else ""))
     if best is not None:
         print(f"Best score: {best.score:.4f} at {best.name}")
     return folder
+
+
+def job_of(point: Point) -> Job:
+    """A point as a process of its own, which goes on from its checkpoint if it has one."""
+    run = Path(point.config.output.output_dir)
+    again = ["--overwrite"] if point.config.output.overwrite else ["--resume_from_checkpoint", "latest"]
+    words = [sys.executable, "-m", "sd_atoms", "train", "--config", str(_settings_path(point)), *again]
+    return Job(point.name, run / METRICS, tuple(words))
+
+
+def entries_of(points: Sequence[Point], folder: Path) -> list[Entry]:
+    """What there is to say of the points that have ended."""
+    entries = []
+    for point in points:
+        job = job_of(point)
+        if job.done.exists():
+            entries.append(read_entry(point))
+        elif failure := failure_of(job, folder / QUEUE):
+            entries.append(Entry(point.name, point.values, failure=failure))
+    return entries
 
 
 def check_folder(folder: Path, points: Sequence[Point]) -> None:
@@ -177,7 +215,7 @@ def check_folder(folder: Path, points: Sequence[Point]) -> None:
     """
     settings = points[0].config
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("sweep trains in one process; start it without accelerate launch")
+        raise UserError("sweep starts its runs itself; start it without accelerate launch")
     if settings.output.resume_from_checkpoint:
         raise UserError("resume_from_checkpoint: a sweep goes on by itself; leave it out")
     if settings.hub.push_to_hub:
@@ -203,35 +241,6 @@ def changes_of(point: Point) -> list[str]:
     return (
         changed_settings(with_defaults(point.config), path, {"output_dir", "strict_resume"}) if path.exists() else []
     )
-
-
-def is_finished(point: Point) -> bool:
-    """Whether its folder holds a run of these settings that came to its end."""
-    folder = Path(point.config.output.output_dir)
-    return not point.config.output.overwrite and (folder / CONFIG).exists() and (folder / METRICS).exists()
-
-
-def run_point(point: Point) -> Entry:
-    """Trains a point from its latest checkpoint, or from the start where it has none.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM.
-    """
-    config, failure = point.config, None
-    folder = Path(config.output.output_dir)
-    if not config.output.overwrite and (folder / CONFIG).exists():
-        if checkpoints(folder / CHECKPOINTS):
-            config = replaced(config, resume_from_checkpoint="latest")
-        else:
-            config = replaced(config, overwrite=True)
-    forget_accelerator()
-    try:
-        train.run(config)
-    except UserError as error:
-        failure = str(error)
-        print(f"{point.name} failed: {failure}", flush=True)
-    forget_accelerator()  # not in the handler: until it ends, the error holds the whole run in memory
-    return Entry(point.name, point.values, failure=failure) if failure else read_entry(point)
 
 
 def read_entry(point: Point) -> Entry:
@@ -293,3 +302,17 @@ def _value_problems(name: str, values: Sequence[str]) -> list[str]:
 def _word(text: str) -> str | bool:
     """A value as a flag would give it."""
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _settings_path(point: Point) -> Path:
+    run = Path(point.config.output.output_dir)
+    return run.parent / QUEUE / f"{run.name}.yaml"
+
+
+def _seconds_of(job: Job) -> float:
+    return json.loads(job.done.read_text(encoding="utf-8"))["training"]["seconds"]
+
+
+def _step_of(job: Job) -> str:
+    log = read_log(job.done.parent / LOG)
+    return f"step {log[-1]['step']}" if log else ""

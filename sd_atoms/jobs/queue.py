@@ -21,9 +21,11 @@ from filelock import FileLock, Timeout
 
 from sd_atoms.errors import UserError
 from sd_atoms.progress import progress_bar
+from sd_atoms.settings import setting
 
 TAKEN = 75  # exit code of a job that another process holds (EX_TEMPFAIL)
 POLL_SECONDS = 0.2
+HOW = "how it is worked through"
 LAST_BYTES = 4000  # of a log
 
 
@@ -39,6 +41,20 @@ class Job:
     done: Path
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    """How a queue is worked through."""
+
+    jobs: int = setting(1, HOW, "runs at once", low=1, high=1000)
+    devices: str | None = setting(None, HOW, "cuda:0,cuda:1 or cpu: runs take them in turn; none = as each finds it")
+    threads: int | None = setting(None, HOW, "cores of each run; none = all, divided", low=1)
+    status: bool = setting(False, HOW, "only say how far it has come")
+
+    def slots(self) -> list["Slot"]:
+        """The places of its jobs; raises UserError as `make_slots`."""
+        return make_slots(self.jobs, self.devices or "", self.threads)
 
 
 @dataclass(frozen=True)
@@ -248,6 +264,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             print(f"Stopping {len(processes)} runs after their step; again to stop at once", file=sys.stderr)
         for process in processes:
             process.wait()
+        print("Stopped; the same command (without --overwrite) goes on", file=sys.stderr)
     except KeyboardInterrupt:
         for process in processes:
             process.kill()

@@ -1,14 +1,10 @@
 """`sd-atoms sweep`: a grid of runs, each of them the run that it would be alone."""
 
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from helpers import CASTLE
 from safetensors import safe_open
@@ -16,9 +12,7 @@ from safetensors import safe_open
 from sd_atoms.cli import main
 from sd_atoms.commands.sweep import grid_points, parse_vary, read_entry, sweep
 from sd_atoms.errors import UserError
-from sd_atoms.machine import make_accelerator
 from sd_atoms.report.sweep import Entry, harmonic_mean, sweep_figure, sweep_markdown
-from sd_atoms.training.interrupt import Interrupted
 
 SMALL = dict(
     **CASTLE,
@@ -45,7 +39,6 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     (folder / "templates.txt").write_text("photo of a {}.\nThe {} overlooks a serene lake.\n")
     words = write(folder, prompts_file=str(folder / "templates.txt"), clip_model_name_or_path="pocket:clip")
-    make_accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)  # what the process did before
     assert main(["sweep", *words, "--vary", RATES]) == 0
     return folder / "sweep"
 
@@ -64,7 +57,7 @@ def rows_of(markdown):
 
 def test_the_table_holds_what_the_runs_say(swept):
     names = ["learning_rate=0.003", "learning_rate=0.01"]
-    assert sorted(path.name for path in swept.iterdir()) == [*names, "sweep.json", "sweep.md", "sweep.png"]
+    assert sorted(path.name for path in swept.iterdir()) == [*names, "queue", "sweep.json", "sweep.md", "sweep.png"]
     result = json.loads((swept / "sweep.json").read_text())
     assert result["vary"] == {"learning_rate": [0.01, 0.003]}
     assert [point["name"] for point in result["points"]] == names  # sorted, whatever the order of training
@@ -114,38 +107,6 @@ def test_the_validation_loss_is_that_of_the_kept_step(swept, tmp_path):
         read_entry(point)
 
 
-def test_a_swept_run_is_the_run_made_alone(swept, tmp_path):
-    run = swept / "learning_rate=0.003"  # in its process after another run, and after other precision and accumulation
-    words = ["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "alone")]
-    subprocess.run([sys.executable, "-m", "sd_atoms", "train", *words], check=True, capture_output=True)
-    assert content(run) == content(tmp_path / "alone")
-    assert (run / "images" / "prompt-01.png").read_bytes() == (tmp_path / "alone/images/prompt-01.png").read_bytes()
-
-
-def test_precision_and_accumulation_are_those_of_each_point(tmp_path, monkeypatch):
-    seen = []
-
-    def look(config):
-        accelerator = make_accelerator(
-            mixed_precision=config.precision.mixed_precision,
-            gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
-        )
-        layer = accelerator.prepare(torch.nn.Linear(1, 1))
-        synced = []
-        for _ in range(config.loop.gradient_accumulation_steps + 1):  # ends in the middle
-            with accelerator.accumulate(layer):
-                synced.append(accelerator.sync_gradients)
-        seen.append((accelerator.mixed_precision, synced))
-        raise UserError("looked")
-
-    monkeypatch.setattr("sd_atoms.commands.train.run", look)
-    vary = parse_vary(["mixed_precision=bf16,no", "gradient_accumulation_steps=2,1"])
-    with pytest.raises(UserError, match="no point could be finished; the first: looked"):
-        sweep(vary, {**SMALL, "output_dir": str(tmp_path / "sweep")})
-    twice, once = [False, True, False], [True, True]
-    assert seen == [("bf16", twice), ("bf16", once), ("no", twice), ("no", once)]
-
-
 def test_a_sweep_goes_on_where_it_stopped(swept, capsys):
     config = ["--config", str(swept.parent / "c.yaml")]
     kept, lost = swept / "learning_rate=0.01", swept / "learning_rate=0.003"
@@ -154,9 +115,8 @@ def test_a_sweep_goes_on_where_it_stopped(swept, capsys):
     times = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
     (lost / "metrics.json").unlink()
     assert main(["sweep", *config, "--vary", RATES]) == 0  # from its last checkpoint
-    printed = capsys.readouterr().out
-    assert "[1/2] learning_rate=0.01: finished already" in printed
-    assert "Resuming checkpoint-2.safetensors at step 2" in printed
+    assert "2 points, 1 of them finished already" in capsys.readouterr().out
+    assert "Resuming checkpoint-2.safetensors at step 2" in (swept / "queue/learning_rate=0.003.log").read_text()
     assert json.loads((swept / "sweep.json").read_text()) == before
     assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == times
     assert [content(run) for run in (kept, lost)] == adapters
@@ -190,40 +150,50 @@ def test_a_point_that_fails_is_in_the_table_with_its_reason(swept, tmp_path):
     assert (folder / "learning_rate=0.003" / "metrics.json").exists()  # no point of this grid, so it stays as it is
 
 
-def test_a_signal_ends_the_sweep_as_it_ends_training(tmp_path, monkeypatch, capsys):
-    def stop(config):
-        raise Interrupted(7, Path(config.output.output_dir), 2)
-
-    monkeypatch.setattr("sd_atoms.commands.train.run", stop)
-    words = ["sweep", *write(tmp_path), "--vary", "target=conv,a b"]
-    with pytest.raises(SystemExit) as error:
-        main([*words, "--overwrite"])
-    assert error.value.code == 128 + 2
-    first, second = capsys.readouterr().err.strip().splitlines()
-    run = tmp_path / "sweep" / "target=conv"
-    assert first == f"Stopped after step 7; the checkpoint is saved in {run}. To go on:"
-    assert shlex.split(second) == ["sd-atoms", *words]
-
-
-def test_what_is_finished_unfinished_or_without_a_checkpoint(swept, tmp_path, monkeypatch):
+def test_what_is_finished_goes_on_or_begins_anew(swept, tmp_path, monkeypatch):
     folder = shutil.copytree(swept, tmp_path / "moved")
     asked = []
-    monkeypatch.setattr("sd_atoms.commands.train.run", asked.append)
-    monkeypatch.setattr("sd_atoms.commands.sweep.read_entry", lambda point: Entry(point.name, point.values))
 
-    def again(**flags):
+    def look(jobs, *_):
+        asked.extend(job for job in jobs if not job.done.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd_atoms.commands.sweep.run_jobs", look)
+
+    def again(*words):
         asked.clear()
-        sweep(parse_vary([RATES]), {"output_dir": str(folder), **flags}, str(swept.parent / "c.yaml"))
-        return [(c.optimiser.learning_rate, c.output.overwrite, c.output.resume_from_checkpoint) for c in asked]
+        assert (
+            main(
+                [
+                    "sweep",
+                    "--config",
+                    str(swept.parent / "c.yaml"),
+                    "--vary",
+                    RATES,
+                    "--output_dir",
+                    str(folder),
+                    *words,
+                ]
+            )
+            == 130
+        )
+        settings = [yaml.safe_load(Path(job.command[job.command.index("--config") + 1]).read_text()) for job in asked]
+        return [(own["learning_rate"], own["seed"], job.command[-1]) for own, job in zip(settings, asked, strict=True)]
 
     assert again() == []
     (folder / "learning_rate=0.01" / "metrics.json").unlink()
-    assert again() == [(0.01, False, "latest")]
-    shutil.rmtree(folder / "learning_rate=0.01" / "checkpoints")
-    assert again() == [(0.01, True, None)]
+    assert again() == [(0.01, 0, "latest")]
     shutil.rmtree(folder / "learning_rate=0.01")
-    assert again() == [(0.01, False, None)]
-    assert again(overwrite=True, seed="5") == [(0.01, True, None), (0.003, True, None)]
+    assert again() == [(0.01, 0, "latest")]
+    assert again("--overwrite", "--seed", "5") == [(0.01, 5, "--overwrite"), (0.003, 5, "--overwrite")]
+
+
+def test_status_tells_how_far_a_sweep_is(swept, capsys):
+    words = ["sweep", "--config", str(swept.parent / "c.yaml"), "--vary", "learning_rate=0.01,3e-3,1"]
+    assert main([*words, "--status"]) == 0
+    text = capsys.readouterr().out
+    assert "2 done" in text
+    assert "1 waiting" in text
 
 
 def test_all_mistakes_in_what_is_varied_are_said_at_once(capsys, tmp_path):
@@ -276,7 +246,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, problem)
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
+    with pytest.raises(UserError, match="starts its runs itself"):
         sweep(parse_vary(["m=9"]), {**SMALL, "output_dir": str(tmp_path / "sweep")})
 
 
