@@ -24,7 +24,7 @@ from sd_atoms.data.prompts import load_prompts, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import GROUPS
 from sd_atoms.methods import get_method
-from sd_atoms.settings import read_config, resolve, setting, shown
+from sd_atoms.settings import fields_of, read_config, resolve, setting, shown
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 
@@ -286,6 +286,9 @@ def _resolved(path: str, entries: Mapping[str, Any], flags: Mapping[str, Any]) -
         for name, value in entries.items()
         if name in ("seeds", "networks", "metrics", "scales", "shown_prompts")
     }
+    for name in ("prompts_file", "unrelated_prompts_file"):
+        if isinstance(entries.get(name), str):
+            listed[name] = _beside(path, entries[name])
     try:
         return resolve(Experiment, {**entries, **listed, **flags})
     except UserError as error:
@@ -298,26 +301,36 @@ def _is_number(value: Any) -> bool:
 
 def _of_concept(path: str, name: str, shared: Mapping[str, Any], values: Any) -> dict[str, Any]:
     """Settings of a concept's runs: of the file that its `config` names, of all runs, its own; later ones win."""
-    own = dict(_checked(path, f"concepts.{name}", values))
+    own = _checked(path, f"concepts.{name}", values)
     file = own.pop("config", None)
-    _checked(path, "settings", shared)
-    from_file = {} if file is None else read_config(file)
-    return {"report_to": "none"} | from_file | shared | own | FORCED
+    from_file = {} if file is None else read_config(_beside(path, str(file)))
+    return {"report_to": "none"} | from_file | _checked(path, "settings", shared) | own | FORCED
 
 
 def _of_method(path: str, label: str, values: Any) -> dict[str, Any]:
-    """Settings of a method; without `method` it is the one called like its label."""
-    return {"method": label} | _checked(path, f"methods.{label}", {} if values is None else values)
+    """Settings of a method; without `method` or `peft_config` it is the one called like its label."""
+    own = _checked(path, f"methods.{label}", {} if values is None else values)
+    return own if "peft_config" in own else {"method": label} | own
 
 
 def _checked(path: str, where: str, values: Any) -> dict[str, Any]:
-    """The values, if they are settings that an experiment leaves open."""
+    """The values, if they are settings that an experiment leaves open; files may be named from where its own lies."""
     if not isinstance(values, dict):
         raise UserError(f"{path}: {where}: `name: value` lines are needed, got {shown(values)}")
     decided = [str(name) for name in values if name in NOT_OF_RUNS]
     if decided:
         raise UserError(f"{path}: {where}: {', '.join(decided)}: the experiment decides it for all runs")
-    return values
+    files = {name for name, (_, field) in fields_of(TrainConfig).items() if field.metadata["file"]}
+    return {
+        name: _beside(path, value) if name in files and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def _beside(path: str, name: str) -> str:
+    """A file that lies where another does, as a setting of a YAML file names it; else the name as it is."""
+    beside = Path(path).parent / name
+    return str(beside) if beside.is_file() else name
 
 
 def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, Any]) -> Rates | None:
