@@ -77,10 +77,9 @@ def in_script(value: Any) -> str:
 def _of_scales(comparison: Comparison, run: Mapping[str, Any], own: Mapping[int, list[str]], folder: Path) -> dict:
     """Number of the prompt -> strength -> path; nothing for a method without strengths."""
     found: dict[int, dict[str, str]] = {}
-    for place, number in enumerate(comparison.scale_prompts):
+    for number in comparison.scale_prompts:
         for scale in comparison.scales:
-            name = f"scale-{scale:g}-{place:02d}-0"
-            path = own[number][0] if scale == 1 else _shrunk(run, name, folder)
+            path = own[number][0] if scale == 1 else _shrunk(run, f"scale-{scale:g}-{number:02d}-0", folder)
             if path:
                 found.setdefault(number, {})[f"{scale:g}"] = path
     return found if any(len(paths) > 1 for paths in found.values()) else {}

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from sd_atoms.cli import main
 from sd_atoms.commands import compare
-from sd_atoms.commands.compare import SCORES, comparison_of, do_run, merge_from, selection_score
+from sd_atoms.commands.compare import comparison_of, do_run
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
+from sd_atoms.jobs.results import SCORES, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
 from sd_atoms.report.rows import mean_of, paired, rows_of
 

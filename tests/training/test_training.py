@@ -1,4 +1,4 @@
-"""What a training run does with its settings, on the pocket base."""
+"""What a training run does with its settings, on the tiny base where any base will do."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from helpers import CASTLE, train_config
+from helpers import CASTLE, tiny_base, train_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import adapters_off
-from sd_atoms.pipeline import load_atoms
+from sd_atoms.pipeline import load_atoms, open_base
 from sd_atoms.settings import replaced
 from sd_atoms.sources import packaged_path
 from sd_atoms.training import examples, latents
@@ -53,7 +53,8 @@ def run(folder, **settings):
     """Trains with SMALL and these settings; returns the run folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f"{folder.name}.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder), **settings}))
+    base = {"pretrained_model_name_or_path": tiny_base()}
+    path.write_text(yaml.safe_dump({**SMALL, **base, "output_dir": str(folder), **settings}))
     assert train_main(["--config", str(path)]) == 0
     return folder
 
@@ -125,7 +126,8 @@ def _concepts():
 ONE_CONCEPT = ("instance_data_dir", "instance_prompt", "placeholder_token", "initializer_token")
 
 
-def test_several_concepts_and_tokens_are_trained_in_one_run_and_no_other_row_moves(tmp_path, pipe):
+def test_several_concepts_and_tokens_are_trained_in_one_run_and_no_other_row_moves(tmp_path):
+    pipe = open_base(tiny_base())
     (tmp_path / "t.txt").write_text("a {} by a lake\n")
     folder = run(
         tmp_path / "run",
@@ -511,7 +513,8 @@ def test_half_precision_falls_back_to_float32_with_one_line_on_a_mac(monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["atoms", "lora"])
-def test_the_text_encoder_is_adapted_too_and_comes_along(tmp_path, pipe, kind):
+def test_the_text_encoder_is_adapted_too_and_comes_along(tmp_path, kind):
+    pipe = open_base(tiny_base())
     folder = run(
         tmp_path / "run", **PLAIN, train_text_encoder=True, text_adapter=kind, checkpointing_steps=1,
         validation_loss_steps=1, prior="teacher", class_prompt="photo of a castle",
