@@ -59,7 +59,7 @@ def pipe(pocket):
 def unet_inputs():
     """A fixed batch for the pocket UNet: noisy latents, timesteps, text states."""
     generator = torch.Generator().manual_seed(0)
-    latents, states = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 128, generator=generator)
+    latents, states = torch.randn(2, 8, 16, 16, generator=generator), torch.randn(2, 77, 128, generator=generator)
     return latents, torch.tensor([10, 700]), states
 
 

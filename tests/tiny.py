@@ -1,12 +1,11 @@
 """A Stable-Diffusion-shaped base with random weights, and photos to teach it, both made in a second.
 
 The numbers are the same on every machine: they are uniform draws of numpy's legacy generator, whose stream is frozen,
-scaled by exact steps; no network library draws any of them. Only diffusers, transformers and the packaged tokenizer
-are used, so that no move of the package's own modules touches this file.
+scaled by exact steps; no network library draws any of them. Only diffusers, transformers and a tokenizer of its own are
+used, so that no move of the package's modules or weights touches this file.
 """
 
 import contextlib
-import importlib.util
 import os
 import runpy
 import sys
@@ -23,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIDE = 64  # px of its pictures
+TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"  # of the older commit; the packaged one may change
 # name -> width, height, caption; no two shapes alike, none of them square
 PHOTOS = {
     "1": (96, 64, "a {} in snow"),
@@ -31,22 +31,9 @@ PHOTOS = {
 }
 
 
-def packaged_tokenizer(package: Path | None = None) -> Path:
-    """The folder of the pocket base's tokenizer in a package folder; None = in the installed package."""
-    if package is None:
-        package = Path(importlib.util.find_spec("sd_atoms").submodule_search_locations[0])
-    (found,) = package.glob("**/pocket-sd/tokenizer")
-    return found
-
-
-def write_tiny_base(folder: str | Path, package: Path | None = None) -> Path:
-    """Writes a StableDiffusionPipeline of some 80,000 numbers that draws pictures of `SIDE` px; returns the folder.
-
-    Args:
-        folder: where to.
-        package: the package folder whose tokenizer it gets; None = the installed one's.
-    """
-    tokenizer = CLIPTokenizer.from_pretrained(packaged_tokenizer(package))
+def write_tiny_base(folder: str | Path) -> Path:
+    """Writes a StableDiffusionPipeline of some 80,000 numbers that draws pictures of `SIDE` px; returns the folder."""
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),

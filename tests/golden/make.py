@@ -71,12 +71,12 @@ CASES = {
 }
 
 
-def write_inputs(folder: Path, package: Path | None = None) -> None:
+def write_inputs(folder: Path) -> None:
     """What the cases read: the tiny base, the photos and prompts, named as the flags name them."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tiny import write_photos, write_tiny_base
 
-    write_tiny_base(folder / "tiny", package)
+    write_tiny_base(folder / "tiny")
     write_photos(folder / "photos")
     (folder / "prompts.txt").write_text("a {} in snow\na {} at night\na lake and a {}\n", encoding="utf-8")
 
@@ -140,7 +140,7 @@ def make(checkout: Path, out: Path, cases: list[str]) -> None:
         sys.exit(f"{package} is not what is imported, but {found.stdout.strip()}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_inputs(folder, package)
+        write_inputs(folder)
         out.mkdir(parents=True, exist_ok=True)
         (out / INPUTS).write_text(json.dumps(inputs_told(folder), indent=0) + "\n", encoding="utf-8")
         for case in cases:
