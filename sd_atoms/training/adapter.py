@@ -55,7 +55,7 @@ def open_adapter(source: str, base: str | None = None) -> Artefact:
         )
     config = resolve(TrainConfig, {}, str(settings), [])
     if base is not None:
-        config = replaced(config, pretrained_model_name_or_path=base)
+        config = replaced(config, pretrained_model_name_or_path=base, revision=None)
     pipe = open_base(
         config.base.pretrained_model_name_or_path, revision=config.base.revision, variant=config.base.variant
     )
