@@ -12,6 +12,7 @@ from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.settings import setting
+from sd_atoms.training.adapter import open_adapter
 
 WHAT, RESULT = "what to look at", "result"
 SHOWN = 12
@@ -21,7 +22,9 @@ SHOWN = 12
 class Settings:
     """Settings of `sd-atoms inspect`."""
 
-    adapter: str | None = setting(None, WHAT, "a folder, one .safetensors file, or a hub id", positional=True)
+    adapter: str | None = setting(
+        None, WHAT, "a folder, one .safetensors file, a run's checkpoint, or a hub id", positional=True
+    )
     arch: str | None = setting(
         None,
         WHAT,
@@ -56,7 +59,8 @@ def run(settings: Settings) -> None:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))
     else:
-        result = inspect_adapter(settings.adapter, settings.pretrained_model_name_or_path)
+        base = settings.pretrained_model_name_or_path
+        result = inspect_adapter(open_adapter(settings.adapter, base), base)
         print(adapter_text(result, SHOWN if settings.top is None else settings.top))
     if settings.json:
         write_json(settings.json, result)

@@ -66,7 +66,7 @@ class Artefact:
     atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     text_config, text_state: the same of the text encoder's adapter, if there is one. source: where it was read, for
-    messages.
+    messages. size_bytes: of the files it was read from.
     """
 
     config: PeftConfig | None
@@ -76,6 +76,7 @@ class Artefact:
     text_config: PeftConfig | None = None
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
+    size_bytes: int | None = None
 
     @property
     def method(self) -> str:
@@ -194,7 +195,10 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
         path = path / "adapter"  # a run folder stands for its adapter
     if not path.exists():
         path = _download(str(source), revision)
-    return replace(_read_file(path) if path.is_file() else _read_folder(path), source=str(source))
+    artefact = _read_file(path) if path.is_file() else _read_folder(path)
+    files = [path] if path.is_file() else [*path.iterdir(), *(path / TEXT).glob("*")]
+    size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
+    return replace(artefact, source=str(source), size_bytes=size)
 
 
 def _read_file(path: Path) -> Artefact:
@@ -203,7 +207,7 @@ def _read_file(path: Path) -> Artefact:
     tensors, about = _read_tensors(path)
     if about is None:
         hint = (
-            "; a checkpoint of a run is drawn from by `sd-atoms generate --adapter`"
+            "; a checkpoint of a run is taken by `sd-atoms generate`, drift, inspect and share"
             if "checkpoint" in path.name
             else ""
         )
