@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import replacing, write_json
+from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
@@ -37,6 +37,7 @@ class Settings:
     top: int | None = setting(None, RESULT, f"print so many layers that changed most; 0 = all, none = {SHOWN}", low=0)
     plot: str | None = setting(None, RESULT, "also draw the atoms and the change of each layer into this PNG file")
     json: str | None = setting(None, RESULT, "also write all numbers to this file")
+    overwrite: bool = setting(False, RESULT, "replace these files where they exist")
 
 
 def run(settings: Settings) -> None:
@@ -55,6 +56,7 @@ def run(settings: Settings) -> None:
             raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for --arch")
     if settings.plot and Path(settings.plot).suffix.lower() != ".png":
         raise UserError(f"--plot {settings.plot}: the name of a .png file is needed")
+    check_outputs(settings.overwrite, plot=settings.plot, json=settings.json)
     if settings.arch:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))

@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 def evaluate(place, *more, folder="made", networks="pocket:clip"):
     file = place / "result.json"
-    words = ["evaluate", place / folder, "--networks", networks, "--draws", "20", "--json", file, *more]
+    words = ["evaluate", place / folder, "--networks", networks, "--draws", "20", "--json", file, "--overwrite", *more]
     assert main([str(word) for word in words]) == 0
     return json.loads(file.read_text())
 
