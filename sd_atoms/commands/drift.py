@@ -59,10 +59,9 @@ def run(settings: Settings) -> None:
         settings.pretrained_model_name_or_path,
         settings.clip_model_name_or_path,
     )
-    if accelerator.is_main_process:
-        print(drift_text(result))
-        if settings.json:
-            write_json(settings.json, result)
+    accelerator.print(drift_text(result))
+    if settings.json:
+        on_main(accelerator, lambda: write_json(settings.json, result))
     accelerator.end_training()
 
 

@@ -100,10 +100,9 @@ def run(settings: Settings) -> dict[str, Any]:
             "figures": {key: figure.entries() for key, figure in found.figures.items()},
             "notes": found.notes,
         }
-    if accelerator.is_main_process:
-        print(evaluation_text(result))
-        if settings.json:
-            write_json(settings.json, result)
+    accelerator.print(evaluation_text(result))
+    if settings.json:
+        on_main(accelerator, lambda: write_json(settings.json, result))
     accelerator.end_training()
     return result
 
