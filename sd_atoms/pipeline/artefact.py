@@ -57,7 +57,7 @@ PARTS = {
 TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artefact:
     """An adapter at rest.
 
@@ -77,6 +77,17 @@ class Artefact:
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
     size_bytes: int | None = None
+
+    def __repr__(self) -> str:
+        """One line, without the numbers."""
+        trained = sum(value.numel() for key, value in self.state.items() if not key.endswith("_initial"))
+        parts = [f"{self.method}: {len(self.layers)} modules, {trained:,} parameters"]
+        if self.text_config is not None:
+            parts.append(f"{len(self.text_layers)} modules of the text encoder")
+        parts += [f"tokens {' '.join(self.tokens)}"] * bool(self.tokens) + [
+            f"base {self.about.get('base', 'unknown')}"
+        ]
+        return f"<{type(self).__name__} {self.source}, {', '.join(parts)}>"
 
     @property
     def method(self) -> str:

@@ -106,6 +106,11 @@ def test_the_picture_is_the_plain_ways_or_one_line_says_what_to_do(way, when, ti
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 
+def test_what_was_loaded_shows_itself_in_one_line(tiny, files):
+    shown = repr(load_atoms(tiny, files[0]))
+    assert shown == f"<Artefact {files[0]}, atoms: 20 modules, 1,620 parameters, tokens <castle>, base unknown>"
+
+
 def test_a_compiled_network_is_saved_swapped_and_loaded_as_the_plain_one(tiny, files, tmp_path):
     compiled(tiny)
     load_atoms(tiny, files[0])
