@@ -181,6 +181,16 @@ def inspect_adapter(adapter: str | Path | Artefact, base: str | None = None) -> 
     }
 
 
+@torch.no_grad()
+def unet_change(unet: nn.Module, adapter: str = "default") -> float | None:
+    """|ΔF|/|F| over all weights that an adapter is on, at full strength; None where it is on none."""
+    layers = [layer for layer in tuner_layers(unet).values() if hasattr(base_of(layer), "weight")]
+    if not layers:
+        return None
+    changed = sum(energy(_change(layer, adapter)) for layer in layers)
+    return root_ratio(changed, sum(energy(base_weight(layer)) for layer in layers), 0.0)
+
+
 def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict[str, Any]:
     weight = base_weight(layer).detach()
     change = _change(layer, adapter)
@@ -224,11 +234,12 @@ def _change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
     if isinstance(layer, (AtomsLayer, TunedLayer)):
         return layer.get_delta_weight(adapter)
     weight = layer.get_base_layer().weight
-    before = weight.detach().clone()
+    before = weight.data
+    weight.data = before.float().clone()  # in half precision a small change is lost in rounding
     layer.merge(adapter_names=[adapter])
-    change = weight.detach() - before
+    change = weight.data - before
     layer.merged_adapters.clear()
-    weight.data.copy_(before)
+    weight.data = before
     return change
 
 
