@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
-from sd_atoms.pipeline import open_base
+from sd_atoms.methods import get_method
+from sd_atoms.methods.adapters import add_adapter
+from sd_atoms.pipeline import load_adapter, open_base, save_adapter
 from sd_atoms.pipeline.tokens import add_placeholder_tokens
 from sd_atoms.tuner import AtomsLayer
 from tests.tiny import write_tiny_base
@@ -67,7 +69,22 @@ def layerwise(pipe):
 
 
 def offloaded(pipe):
+    """What `enable_sequential_cpu_offload` does to a part, which wants another device."""
     accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+
+
+def offloaded_by_model(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offloaded_by_block(pipe):
+    where = dict(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    pipe.unet.enable_group_offload(**where, offload_type="block_level", num_blocks_per_group=1)
+
+
+def offloaded_by_leaf(pipe):
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
+                                   offload_type="leaf_level")  # fmt: skip
 
 
 def fused(pipe):
@@ -80,7 +97,9 @@ def fused_and_back(pipe):
 
 
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in (compiled, compiled_in_place)]
-WAYS = [*SLOW, cast, layerwise, offloaded, fused, fused_and_back, copy.deepcopy]
+OFFLOADED = [offloaded, offloaded_by_model, offloaded_by_block, offloaded_by_leaf]
+MORE_METHODS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lokr", "lora-conv", "bitfit")]
+WAYS = [*SLOW, cast, layerwise, *OFFLOADED, fused, fused_and_back, copy.deepcopy]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", None))
@@ -99,11 +118,40 @@ def test_the_picture_is_the_plain_ways_or_one_line_says_what_to_do(way, when, ti
             load_atoms(tiny, files[0])
         got = draw(tiny, tiny.unet.dtype if way is cast else torch.float32)
     except UserError as error:
-        if (way, when) != (offloaded, "before") or "\n" in str(error):
+        if not ((way, when) == (offloaded, "before") or way is offloaded_by_leaf) or "\n" in str(error):
             raise
         return
+    assert way is not offloaded_by_leaf
     tolerance = 0.05 if way in (cast, layerwise) else 1e-5
     assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("way", [layerwise, *OFFLOADED], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("method", ["lora", "loha", *MORE_METHODS])
+def test_other_methods_go_the_same_ways(method, way, when, tiny, base, tmp_path):
+    plain = open_base(str(base))
+    add_placeholder_tokens(plain, {"<castle>": torch.ones(16)})
+    untouched = draw(plain)
+    torch.manual_seed(0)
+    for parameter in add_adapter(plain.unet, get_method(method).make_config(plain.unet, {})):
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    file = save_adapter(plain, tmp_path / "a.safetensors", tokens=["<castle>"], about={"method": method})
+    expected = draw(plain)
+    try:
+        if when == "after":
+            load_adapter(tiny, file)
+        way(tiny)
+        if when == "before":
+            load_adapter(tiny, file)
+        got = draw(tiny)
+    except UserError as error:
+        of_peft = method in ("lora", "loha", "lokr")  # which call the base layer
+        if "\n" in str(error) or way not in (offloaded, offloaded_by_leaf) or (of_peft and when == "after"):
+            raise
+        return
+    assert (got - expected).norm() <= (0.05 if way is layerwise else 1e-5) * expected.norm()
+    assert (got - expected).norm() < 0.2 * (got - untouched).norm()
 
 
 def test_what_was_loaded_shows_itself_in_one_line(tiny, files):
