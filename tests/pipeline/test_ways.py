@@ -6,6 +6,8 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +15,7 @@ from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
 from sd_atoms.methods import get_method
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import load_adapter, open_base, save_adapter
+from sd_atoms.pipeline.scales import scales_by_layer
 from sd_atoms.pipeline.tokens import add_placeholder_tokens
 from sd_atoms.tuner import AtomsLayer
 from tests.tiny import write_tiny_base
@@ -267,3 +270,39 @@ def test_a_pipeline_saved_with_fused_adapters_is_the_merged_one(tiny, files, tmp
     tiny.save_pretrained(tmp_path / "merged")
     merged = open_base(str(tmp_path / "merged"))
     assert (draw(merged) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [
+        ({"down": 0.5}, {"down_blocks": 0.5}),
+        ({"mid": 2.0, "up": {"block_1": 0.25}}, {"mid_block": 2.0, "up_blocks.1": 0.25}),
+        (
+            {"up": {"block_0": [0.25, 0.75]}},
+            {"up_blocks.0.resnets.0": 0.25, "up_blocks.0.resnets.1": 0.75, "up_blocks.0.upsamplers": 0.75},
+        ),
+    ],
+)
+def test_strengths_by_block_hold_for_every_layer_of_it(tiny, files, scales, expected):
+    load_atoms(tiny, files[0], "a")
+    plain = copy.deepcopy(tiny)
+    tiny.set_adapters(["a"], [{"unet": scales}])
+    for name, layer in plain.unet.named_modules():
+        if isinstance(layer, AtomsLayer):
+            layer.set_scale("a", next((scale for start, scale in expected.items() if name.startswith(start)), 1.0))
+    assert torch.equal(draw(tiny), draw(plain))
+    tiny.set_adapters(["a"], [1.0])
+    assert not torch.equal(draw(tiny), draw(plain))
+
+
+@pytest.mark.parametrize("scales", [{"dawn": 1.0}, {"up": {"block_7": 1.0}}, {"up": [1.0] * 5}, {"mid": "strong"}])
+def test_strengths_of_blocks_that_are_not_there_are_one_line(tiny, files, scales):
+    load_atoms(tiny, files[0], "a")
+    with pytest.raises(UserError, match="^strengths by block: [^\n]*$"):
+        tiny.set_adapters(["a"], [{"unet": scales}])
+
+
+def test_strengths_by_block_of_adapters_of_the_attention_alone_are_diffusers(tiny):
+    tiny.unet.add_adapter(LoraConfig(target_modules=["to_q"]), "a")
+    expected = _maybe_expand_lora_scales(tiny.unet, [{"down": 0.5}, 0.3])
+    assert scales_by_layer(tiny.unet, [{"down": 0.5}, 0.3]) == expected
