@@ -1,8 +1,8 @@
 """Strengths by block of the UNet, as `pipe.set_adapters(["castle"], [{"unet": {"down": 0.5}}])` gives them.
 
 diffusers makes them out for layers of the attention alone: other layers keep 1, or end in an IndexError (conv_in).
-Where an adapter is on other layers, they are made out here for all: what is said of a block holds for everything in it,
-the entries of a list for its pairs of resnet and attention, and the last one for what follows these.
+Where an adapter is on other layers, they are made out here for all. What is said of a block holds for everything in
+it, the entries of a list for its pairs of resnet and attention, and the last one for what follows these.
 """
 
 from collections.abc import Mapping
