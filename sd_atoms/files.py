@@ -57,6 +57,27 @@ def leftovers(folder: str | os.PathLike) -> list[Path]:
     return [path for path, match in found if match and Path(match["name"]).suffix == match["suffix"]]
 
 
+def check_outputs(overwrite: bool, **paths: str | None) -> None:
+    """Whether results may be written to files; before the work whose results they are.
+
+    Args:
+        overwrite: whether what stands there may be replaced.
+        paths: flag -> the file it names, None without one.
+
+    Raises:
+        UserError: a file exists and may not be replaced, is a folder, or is named twice.
+    """
+    named = {flag: Path(path) for flag, path in paths.items() if path is not None}
+    for flag, path in named.items():
+        twice = [other for other in named if other != flag and named[other].absolute() == path.absolute()]
+        if twice:
+            raise UserError(f"--{flag} {path}: --{twice[0]} names the same file")
+        if path.is_dir():
+            raise UserError(f"--{flag} {path}: is a folder; the name of a file is needed")
+        if path.exists() and not overwrite:
+            raise UserError(f"--{flag} {path}: exists; pass --overwrite to replace it, or another name")
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 

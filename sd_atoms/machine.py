@@ -76,16 +76,19 @@ def make_accelerator(**settings) -> Accelerator:
     return accelerator
 
 
-def on_main(accelerator: Accelerator, check: Callable[[], T]) -> T:
-    """The result of a look at the disk, taken by the main process for all, so that none sees what another writes.
+def on_main(accelerator: Accelerator | None, work: Callable[[], T]) -> T:
+    """The result of a look at the disk, taken by the main process for all, so that none sees what another writes; or
+    of writing to it, so that a full one ends every process and none waits.
 
     Raises:
-        UserError: on every process, if `check` raised it.
+        UserError: on every process, if `work` raised it.
     """
+    if accelerator is None:
+        return work()
     outcome = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = check()
+            outcome[0] = work()
         except UserError as error:
             outcome[1] = str(error)
     result, problem = broadcast_object_list(outcome)

@@ -38,6 +38,7 @@ def setting(
     aliases: Sequence[str] | Mapping[str, Any] = (),
     environment: str | None = None,
     file: bool = False,
+    needs: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -53,11 +54,35 @@ def setting(
         aliases: other names of the flag and YAML key; a mapping gives the value that such a switch stands for.
         environment: variable by which `accelerate launch` sets the same.
         file: names a file; in a YAML file it counts from there, where such a file is there.
+        needs: what it does nothing without: another setting, as "dataset_name", or some values of it, as
+            "loss_type=huber|smooth_l1".
     """
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required, unless=unless)
-    metadata |= dict(item=item, positional=positional, environment=environment, file=file)
+    metadata |= dict(item=item, positional=positional, environment=environment, file=file, needs=needs)
     metadata |= dict(aliases=dict(aliases) if isinstance(aliases, Mapping) else dict.fromkeys(aliases))
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def unmet_needs(settings: Any, as_if_left_out: Mapping[str, Any] | None = None) -> list[str]:
+    """One line for each setting that would do nothing, because what it needs is not there.
+
+    0, False and None ask for nothing and so need nothing.
+
+    Args:
+        settings: all of them.
+        as_if_left_out: name -> value that counts as if nobody had set it, beside the default.
+    """
+    found, values, same = [], flat(settings), as_if_left_out or {}
+    for name, (_, field) in fields_of(type(settings)).items():
+        value = values[name]
+        if not value or value in (field.default, same.get(name)):
+            continue
+        shown_name = f"{name}={value}" if field.metadata["choices"] else name
+        for need in field.metadata["needs"]:
+            other, _, allowed = need.partition("=")
+            if not (str(values[other]) in allowed.split("|") if allowed else values[other]):
+                found.append(f"{shown_name} needs {need.replace('|', ' or ')}")
+    return found
 
 
 def section(settings: type) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,11 @@ def forget_accelerate():
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many malformed inputs of each kind were tried, and how they ended."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    told = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "fuzzed"]
+    for kind, count in sorted(Counter(told).items()):
+        terminalreporter.write_line(f"malformed {kind}: {count}")

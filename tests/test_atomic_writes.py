@@ -1,11 +1,14 @@
 """Files are written whole or not at all, on any file system."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from sd_atoms.cli import BENCHMARKS, main
+from sd_atoms.commands import bench
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_text
 
@@ -34,3 +37,36 @@ def test_a_file_that_did_not_reach_the_disk_replaces_none(tmp_path, monkeypatch,
         write_text(tmp_path / "a.txt", "after")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert Path(tmp_path / "a.txt").read_text() == "before"
+
+
+# commands with files of results, and what else they ask for
+RESULTS = {
+    "drift": ["--adapter", "none", "--prompts", "none", "--clip_model_name_or_path", "none"],
+    "evaluate": ["none", "--networks", "none"],
+    "inspect": ["none"],
+    **{f"bench {name}": [] for name in BENCHMARKS},
+}
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_a_result_that_exists_is_refused_before_the_work_unless_asked_for(command, tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "a.json", tmp_path / "b"
+    file.write_text("{}")
+    folder.mkdir()
+    words = [*command.split(), *RESULTS[command]]
+    for name in BENCHMARKS:  # what would take its time
+        monkeypatch.setattr(bench, f"bench_{name}", lambda *args, **more: 1 / 0)
+    assert main([*words, "--json", str(file)]) == 2
+    assert f"--json {file}: exists; pass --overwrite to replace it" in capsys.readouterr().err
+    assert main([*words, "--json", str(folder), "--overwrite"]) == 2
+    assert f"--json {folder}: is a folder" in capsys.readouterr().err
+    with contextlib.suppress(ZeroDivisionError):
+        assert main([*words, "--json", str(file), "--overwrite"]) == 2
+        assert "none" in capsys.readouterr().err  # goes on to what is wrong with the rest
+    assert file.read_text() == "{}"
+
+
+def test_two_results_need_two_names(tmp_path, capsys):
+    file = str(tmp_path / "a.png")
+    assert main(["inspect", "none", "--json", file, "--plot", file]) == 2
+    assert f"--plot {file}: --json names the same file" in capsys.readouterr().err

@@ -158,6 +158,13 @@ def test_scores_without_templates_are_of_the_instance_pictures_alone():
     assert scored(["instance", "base-instance"], []) == expected
 
 
+def test_a_single_prompt_has_no_share_of_right_ones(monkeypatch):
+    for kind in ("prompt", "base-prompt"):
+        monkeypatch.setitem(PICTURES, kind, PICTURES[kind][:1])
+    scores = scored(PICTURES, ["one"])
+    assert [set(own) for own in scores.values()] == [{"image", "diversity", "text"}] * 2
+
+
 def test_several_concepts_are_averaged_each_score_by_itself():
     other = {
         "adapted": {"image": 0.1, "diversity": 0.2, "text": 0.3, "match": 0.0},

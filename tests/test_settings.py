@@ -133,7 +133,8 @@ def test_a_switch_that_stands_for_a_value_is_one(tmp_path):
     path.write_text("with_prior_preservation: true\n")
     assert resolve(TrainConfig, NEEDED | prior, str(path)).prior.prior == "images"
     assert resolve(TrainConfig, NEEDED | prior | {"with_prior_preservation": True}).prior.prior == "images"
-    assert resolve(TrainConfig, NEEDED | prior | {"prior": "teacher"}, str(path)).prior.prior == "teacher"
+    teacher = {"prior": "teacher", "class_prompt": "a castle"}
+    assert resolve(TrainConfig, NEEDED | teacher, str(path)).prior.prior == "teacher"
     path.write_text("with_prior_preservation: false\n")
     assert resolve(TrainConfig, NEEDED, str(path)).prior.prior == "none"
     path.write_text("with_prior_preservation: maybe\n")

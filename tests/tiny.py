@@ -1,8 +1,8 @@
 """A Stable-Diffusion-shaped base with random weights, and photos to teach it, both made in a second.
 
 The numbers are the same on every machine: they are uniform draws of numpy's legacy generator, whose stream is frozen,
-scaled by exact steps; no network library draws any of them. Only diffusers, transformers and a tokenizer of its own are
-used, so that no move of the package's modules or weights touches this file.
+scaled by exact steps; no network library draws any of them. Only diffusers, transformers and a tokenizer of its own
+are used, so that no move of the package's modules or weights touches this file.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from sd_atoms.bench.serve import bench_serve, serve_text
 from sd_atoms.bench.sparse import bench_sparse, sparse_text
 from sd_atoms.bench.step import bench_step, step_text
 from sd_atoms.errors import UserError
-from sd_atoms.files import write_json
+from sd_atoms.files import check_outputs, write_json
 from sd_atoms.machine import usable_cores
 from sd_atoms.settings import section, setting
 
@@ -24,6 +24,7 @@ class Common:
     rounds: int = setting(3, HOW, "how often all is measured", low=1)
     threads: int | None = setting(None, HOW, "CPU threads; none = all cores", low=1)
     json: str | None = setting(None, HOW, "also write the numbers to this file")
+    overwrite: bool = setting(False, HOW, "replace that file where it exists")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def run(settings: Step | Serve | Decompose | Sparse | Forms | Data) -> None:
     Raises:
         UserError: a value cannot be used, or the JSON file cannot be written.
     """
+    check_outputs(settings.common.overwrite, json=settings.common.json)
     rounds, threads = settings.common.rounds, settings.common.threads or usable_cores()
     if isinstance(settings, Decompose):
         result = bench_decompose(settings.architecture.arch, rounds, threads)

@@ -7,7 +7,7 @@ from typing import Any
 from sd_atoms.data.prompts import check_lengths, load_prompts, parse_seeds
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.metrics import drift
-from sd_atoms.files import write_json
+from sd_atoms.files import check_outputs, write_json
 from sd_atoms.generation import Request, generate
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off
@@ -41,6 +41,7 @@ class Settings:
     seeds: str = setting("0-3", WHAT, "such as 0-3,7: two pictures per prompt and seed, without and with the adapter")
 
     json: str | None = setting(None, RESULT, "also write all numbers to this file")
+    overwrite: bool = setting(False, RESULT, "replace that file where it exists")
 
 
 def run(settings: Settings) -> None:
@@ -50,6 +51,7 @@ def run(settings: Settings) -> None:
         UserError: something in the settings is wrong, or the file cannot be written.
     """
     accelerator = make_accelerator()
+    on_main(accelerator, lambda: check_outputs(settings.overwrite, json=settings.json))
     result = measure_drift(
         settings.adapter,
         settings.prompts,
@@ -57,10 +59,9 @@ def run(settings: Settings) -> None:
         settings.pretrained_model_name_or_path,
         settings.clip_model_name_or_path,
     )
-    if accelerator.is_main_process:
-        print(drift_text(result))
-        if settings.json:
-            write_json(settings.json, result)
+    accelerator.print(drift_text(result))
+    if settings.json:
+        on_main(accelerator, lambda: write_json(settings.json, result))
     accelerator.end_training()
 
 

@@ -15,9 +15,9 @@ from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import GROUPS, Draws, score_images
 from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_network
-from sd_atoms.files import write_json
+from sd_atoms.files import check_outputs, write_json
 from sd_atoms.generation import GRID_NOTE
-from sd_atoms.machine import make_accelerator
+from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
 
@@ -50,6 +50,7 @@ class Settings:
     on_bad_image: str = setting("error", HOW, "what an image that cannot be read means", choices=("error", "skip"))
 
     json: str | None = setting(None, RESULT, "also write all figures to this file")
+    overwrite: bool = setting(False, RESULT, "replace that file where it exists")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
     names = [name.strip() for name in settings.networks.split(",") if name.strip()]
     word = _replacement(settings.replace)
     accelerator = make_accelerator()
+    on_main(accelerator, lambda: check_outputs(settings.overwrite, json=settings.json))
     cache = Path(settings.cache_dir) if settings.cache_dir else None
 
     def images_of(folder: str, pattern: str) -> tuple[list[ImageRecord], tuple[str, ...]]:
@@ -98,10 +100,9 @@ def run(settings: Settings) -> dict[str, Any]:
             "figures": {key: figure.entries() for key, figure in found.figures.items()},
             "notes": found.notes,
         }
-    if accelerator.is_main_process:
-        print(evaluation_text(result))
-        if settings.json:
-            write_json(settings.json, result)
+    accelerator.print(evaluation_text(result))
+    if settings.json:
+        on_main(accelerator, lambda: write_json(settings.json, result))
     accelerator.end_training()
     return result
 

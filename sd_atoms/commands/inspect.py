@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import replacing, write_json
+from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.settings import setting
+from sd_atoms.training.adapter import open_adapter
 
 WHAT, RESULT = "what to look at", "result"
 SHOWN = 12
@@ -21,7 +22,9 @@ SHOWN = 12
 class Settings:
     """Settings of `sd-atoms inspect`."""
 
-    adapter: str | None = setting(None, WHAT, "a folder, one .safetensors file, or a hub id", positional=True)
+    adapter: str | None = setting(
+        None, WHAT, "a folder, one .safetensors file, a run's checkpoint, or a hub id", positional=True
+    )
     arch: str | None = setting(
         None,
         WHAT,
@@ -34,6 +37,7 @@ class Settings:
     top: int | None = setting(None, RESULT, f"print so many layers that changed most; 0 = all, none = {SHOWN}", low=0)
     plot: str | None = setting(None, RESULT, "also draw the atoms and the change of each layer into this PNG file")
     json: str | None = setting(None, RESULT, "also write all numbers to this file")
+    overwrite: bool = setting(False, RESULT, "replace these files where they exist")
 
 
 def run(settings: Settings) -> None:
@@ -52,11 +56,13 @@ def run(settings: Settings) -> None:
             raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for --arch")
     if settings.plot and Path(settings.plot).suffix.lower() != ".png":
         raise UserError(f"--plot {settings.plot}: the name of a .png file is needed")
+    check_outputs(settings.overwrite, plot=settings.plot, json=settings.json)
     if settings.arch:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))
     else:
-        result = inspect_adapter(settings.adapter, settings.pretrained_model_name_or_path)
+        base = settings.pretrained_model_name_or_path
+        result = inspect_adapter(open_adapter(settings.adapter, base), base)
         print(adapter_text(result, SHOWN if settings.top is None else settings.top))
     if settings.json:
         write_json(settings.json, result)

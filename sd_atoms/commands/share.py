@@ -23,6 +23,7 @@ from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import AdapterFile, CardImage, model_card
 from sd_atoms.settings import read_yaml, setting
 from sd_atoms.sources import public_name
+from sd_atoms.training.adapter import checkpoint_of, open_adapter, run_of
 from sd_atoms.training.run_folder import ADAPTER, CONFIG, ENVIRONMENT, IMAGES, METRICS, SHARE
 
 CARD, PICTURES = "README.md", "pictures"
@@ -33,7 +34,9 @@ MOST_PICTURES, FEWEST_PICTURES = 8, 4
 class Settings:
     """Settings of `sd-atoms share`. A token is no flag: the hub library has its own login."""
 
-    run: str = setting(None, "sharing", "a run folder with a finished adapter", required=True, positional=True)
+    run: str = setting(
+        None, "sharing", "a run folder with a finished adapter, or a run's checkpoint", required=True, positional=True
+    )
     hub_model_id: str | None = setting(
         None, "sharing", "its id on the hub, owner/name, which the model card tells how to load; none = yours"
     )
@@ -50,10 +53,12 @@ def run(settings: Settings) -> None:
     """
     if settings.hub_private_repo and not settings.push_to_hub:
         raise UserError("--hub_private_repo: only for --push_to_hub")
+    checkpoint = checkpoint_of(settings.run)
+    run_folder = Path(settings.run) if checkpoint is None else run_of(checkpoint)
     repo_id = settings.hub_model_id
     if repo_id is None and settings.push_to_hub:
-        repo_id = own_repo_id(Path(settings.run))
-    folder = write_share_folder(Path(settings.run), repo_id)
+        repo_id = own_repo_id(run_folder)
+    folder = write_share_folder(run_folder, repo_id, checkpoint)
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     pictures = [path.name for path in files if path.parts[0] == PICTURES]
     grids = [name for name in pictures if name.endswith("grid.png")]
@@ -73,12 +78,14 @@ def run(settings: Settings) -> None:
         print(f"To upload it: {shlex.join(words)}")
 
 
-def write_share_folder(run: Path, repo_id: str | None) -> Path:
+def write_share_folder(run: Path, repo_id: str | None, checkpoint: Path | None = None) -> Path:
     """Writes <run>/share/: model card, the adapter as a folder and as one file, pictures; replaces an older one.
 
     Args:
-        run: a run folder whose training is finished.
+        run: a run folder whose training is finished, unless a checkpoint is given.
         repo_id: the id that the card tells its reader to load, "owner/name"; None = the file beside the card.
+        checkpoint: of the run; what it holds is shared in place of the finished adapter. Pictures and scores are of
+            that one, and come with it only if both are the same.
 
     Returns:
         The folder: `load_atoms` takes it as it is. It appears whole or not at all.
@@ -88,17 +95,17 @@ def write_share_folder(run: Path, repo_id: str | None) -> Path:
     """
     if repo_id is not None:
         check_repo_id(repo_id)
-    artefact, file = _finished_adapter(run)
+    artefact, name, finished = _adapter(run, checkpoint)
     config = _with_public_names(read_yaml(run / CONFIG))
-    metrics, environment = _read_json(run / METRICS), _read_json(run / ENVIRONMENT)
+    metrics, environment = _read_json(run / METRICS) if finished else {}, _read_json(run / ENVIRONMENT)
     base = artefact.about.get("base")
     about = artefact.about | ({"base": public_name(base)} if isinstance(base, str) else {})
-    drawn, grids = _pictures(run / IMAGES)
+    drawn, grids = _pictures(run / IMAGES) if finished else ([], [])
     shown = _spread(drawn, MOST_PICTURES)
 
     with _replacing_folder(run / SHARE) as folder:
         write_artefact(replace(artefact, about=about), folder)
-        write_artefact(replace(artefact, about=about), folder / file.name)
+        write_artefact(replace(artefact, about=about), folder / name)
         for path in [*shown, *grids]:
             notes = image_notes(path)
             if "base" in notes:
@@ -110,7 +117,7 @@ def write_share_folder(run: Path, repo_id: str | None) -> Path:
             about | {"versions": environment.get("versions", about.get("versions", {}))},
             metrics,
             [CardImage(f"{PICTURES}/{path.name}", image_notes(path).get("prompt", "")) for path in shown],
-            AdapterFile(file.name, (folder / file.name).stat().st_size),
+            AdapterFile(name, (folder / name).stat().st_size),
             grids=[f"{PICTURES}/{path.name}" for path in grids],
             drawn=len(drawn),
             repo_id=repo_id,
@@ -123,6 +130,21 @@ def _with_public_names(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, of which the card names the base and the judge."""
     names = ("pretrained_model_name_or_path", "clip_model_name_or_path")
     return config | {name: public_name(config[name]) for name in names if isinstance(config.get(name), str)}
+
+
+def _adapter(run: Path, checkpoint: Path | None) -> tuple[Artefact, str, bool]:
+    """What is shared, the name of its file, and whether it is what the run ended with."""
+    if checkpoint is None:
+        artefact, file = _finished_adapter(run)
+        return artefact, file.name, True
+    artefact = open_adapter(str(checkpoint))
+    try:
+        finished, file = _finished_adapter(run)
+        if finished.digest() == artefact.digest():
+            return finished, file.name, True
+    except UserError:  # the run goes on
+        pass
+    return artefact, f"{run.resolve().name}-{artefact.about['training']['steps']}.safetensors", False
 
 
 def _finished_adapter(run: Path) -> tuple[Artefact, Path]:

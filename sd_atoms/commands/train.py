@@ -118,14 +118,14 @@ def run(config: TrainConfig) -> Path:
     )
 
     # Train
-    def begin():
-        if accelerator.is_main_process:
-            open_run(config, accelerator.num_processes)
-            for note in [*launcher_notes(config), *notes]:
-                print(note)
-        accelerator.wait_for_everyone()
+    def curves(place: Path):
         if trackers:
-            start_trackers(accelerator, folder / CURVES, folder.resolve().name)
+            start_trackers(accelerator, place, folder.resolve().name)
+
+    def begin():
+        on_main(accelerator, lambda: open_run(config, accelerator.num_processes, curves))
+        for note in [*launcher_notes(config), *notes]:
+            accelerator.print(note)
 
     def show(step: int):
         show_validation(config.validation.validation_prompt, config.validation.num_validation_images, pipe,

@@ -72,10 +72,8 @@ def usable(
     if on_bad_image == "error" or not good:
         refuse(problems, f"{len(problems)} of {len(pictures)} images cannot be used:")
     new = [picture.stats for picture in good if picture.stats.digest not in known]
-    if cache is not None and accelerator is None:
-        save_checked(cache, new)
-    elif cache is not None:
-        on_main(accelerator, lambda: save_checked(cache, new))  # a full disk ends every process, none waits
+    if cache is not None:
+        on_main(accelerator, lambda: save_checked(cache, new))
     return good, problems
 
 

@@ -108,11 +108,17 @@ class DataSettings:
     dataset_name: str | None = setting(
         None, DATA, "data set for `datasets` in place of instance_data_dir: a folder or a hub id"
     )
-    dataset_config_name: str | None = setting(None, DATA, "configuration of the data set; none = its only one")
-    dataset_split: str = setting("train", DATA, "split of the data set")
-    image_column: str = setting("image", DATA, "column of its pictures")
-    caption_column: str | None = setting(None, DATA, "column of its captions; none = instance_prompt for all")
-    max_train_samples: int | None = setting(None, DATA, "only so many of its rows; none = all", low=1)
+    dataset_config_name: str | None = setting(
+        None, DATA, "configuration of the data set; none = its only one", needs=["dataset_name"]
+    )
+    dataset_split: str = setting("train", DATA, "split of the data set", needs=["dataset_name"])
+    image_column: str = setting("image", DATA, "column of its pictures", needs=["dataset_name"])
+    caption_column: str | None = setting(
+        None, DATA, "column of its captions; none = instance_prompt for all", needs=["dataset_name"]
+    )
+    max_train_samples: int | None = setting(
+        None, DATA, "only so many of its rows; none = all", low=1, needs=["dataset_name"]
+    )
     caption_dropout: float = setting(0.0, DATA, "share of samples with an empty prompt", low=0.0, high=1.0)
     resolution: int | None = setting(
         None, DATA, "side of the training pictures in pixels; none = the base's", low=32, high=4096

@@ -138,6 +138,8 @@ def _load(name: str, config: str | None, split: str, revision: str | None):
         raise UserError(f'{name}: tables of pictures need `pip install "sd-atoms[datasets]"`') from error
     try:
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            if config is not None:
+                raise ValueError(f"dataset_config_name={config!r}: what save_to_disk wrote has no configurations")
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, config, revision=revision)

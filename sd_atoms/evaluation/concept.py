@@ -15,7 +15,8 @@ def score_concept(
 
     image: mean cosine of instance pictures and photos. diversity: mean 1 − cosine between instance pictures.
     text: mean cosine of each template picture and its prompt, with the initializer for the concept, since the judge
-    does not know the new word. match: share of template pictures whose best prompt of all is their own.
+    does not know the new word. match: share of template pictures whose best prompt of all is their own, of
+    two or more.
     """
     photo_features = scorer.of_images(photos)
     scores = {}
@@ -27,7 +28,8 @@ def score_concept(
         if texts:
             features, text_features = scorer.of_images(images[f"{prefix}prompt"]), scorer.of_texts(texts)
             scores[who]["text"] = paired_cosine(features, text_features)
-            scores[who]["match"] = match_share(features, text_features)
+            if len(texts) > 1:  # of a single one it says nothing
+                scores[who]["match"] = match_share(features, text_features)
     return {who: {key: round(value, 4) for key, value in values.items()} for who, values in scores.items()}
 
 

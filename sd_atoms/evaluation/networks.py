@@ -98,14 +98,18 @@ def features_of(
     key = [network.digest, resize, *(record.digest() for record in records)]
     path = cache and cache / "features" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     # one look for all: processes that disagree on what is there would wait for each other for ever
-    kept = _kept(path) if accelerator is None else on_main(accelerator, lambda: _kept(path))
+    kept = on_main(accelerator, lambda: _kept(path))
     if kept is not None:
         return kept
     found = torch.stack(shared_work(lambda share: list(_rows(network, share)), records, accelerator))
-    if path is not None and (accelerator is None or accelerator.is_main_process):
-        with replacing(path) as temporary:
-            save_file({"features": found}, temporary)
+    if path is not None:
+        on_main(accelerator, lambda: _keep(path, found))
     return found
+
+
+def _keep(path: Path, features: torch.Tensor) -> None:
+    with replacing(path) as temporary:
+        save_file({"features": features}, temporary)
 
 
 def _kept(path: Path | None) -> torch.Tensor | None:

@@ -304,6 +304,8 @@ def _of_concept(path: str, name: str, shared: Mapping[str, Any], values: Any) ->
     own = _checked(path, f"concepts.{name}", values)
     file = own.pop("config", None)
     from_file = {} if file is None else read_config(_beside(path, str(file)))
+    idle = [name for name, (_, field) in fields_of(TrainConfig).items() if FORCED.keys() & field.metadata["needs"]]
+    from_file = {name: value for name, value in from_file.items() if name not in idle}
     return {"report_to": "none"} | from_file | _checked(path, "settings", shared) | own | FORCED
 
 

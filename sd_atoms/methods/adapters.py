@@ -53,9 +53,34 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
     if hasattr(model, LOADED):
         setattr(model, LOADED, True)
     cast_adapter_dtype(model, adapter_name)
+    for layer in tuner_layers(model).values():
+        _follow_offloading(layer)
     set_adapters(model, [adapter_name])
     set_requires_grad(model, adapter_name, not config.inference_mode)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _follow_offloading(layer: BaseTunerLayer) -> None:
+    """Brings in what accelerate offloaded of a layer of PEFT's that holds its numbers in ParameterDicts, as LoHa and
+    LoKr: accelerate's hooks fire where a module is called, and these never are, so it would compute with any numbers.
+    """
+    ours = isinstance(layer, (TunedLayer, AtomsLayer))
+    held = [part for part in layer.modules() if isinstance(part, nn.ParameterDict) and len(part)]
+    if held and not ours and _bring_in not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_bring_in)
+        layer.register_forward_hook(_send_away)
+
+
+def _bring_in(layer: nn.Module, inputs) -> None:
+    for part in layer.modules():
+        if isinstance(part, nn.ParameterDict) and hasattr(part, "_hf_hook"):
+            part._hf_hook.pre_forward(part)
+
+
+def _send_away(layer: nn.Module, inputs, output) -> None:
+    for part in layer.modules():
+        if isinstance(part, nn.ParameterDict) and hasattr(part, "_hf_hook"):
+            part._hf_hook.post_forward(part, None)
 
 
 def set_adapters(model: nn.Module, adapters: Sequence[str], weights: Sequence[float] | None = None) -> None:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.errors import UserError
-from sd_atoms.tuner.shared import Strengths
+from sd_atoms.tuner.shared import Strengths, refuse_leaf_offload
 
 
 class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
@@ -84,6 +84,7 @@ class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
         return self._adapted(active, args, kwargs)
 
     def _adapted(self, active: list[str], args: tuple, kwargs: dict) -> Any:
+        refuse_leaf_offload(self.base_layer)
         if next(self.base_layer.parameters()).is_meta:
             raise UserError(
                 f"{type(self).__name__}: its layers cannot be computed while their weights are offloaded; use "

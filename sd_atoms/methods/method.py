@@ -92,8 +92,13 @@ class Method:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of a network that has shapes and no numbers."""
     tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(tensor): _shape_of(tensor) for tensor in tensors}
-    return copy.deepcopy(model, memo)
+    return _copied(model, {id(tensor): _shape_of(tensor) for tensor in tensors})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy to be looked at: it shares diffusers' hooks, as of group offloading, which cannot be copied."""
+    hooks = [vars(module).get("_diffusers_hook") for module in model.modules()]
+    return copy.deepcopy(model, memo | {id(hook): hook for hook in hooks if hook is not None})
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,7 +126,7 @@ def adapter_shapes(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int,
 
 def _adapted_skeleton(model: nn.Module, config: PeftConfig) -> nn.Module:
     """A copy of a skeleton with an adapter named COUNTED."""
-    model, config = copy.deepcopy(model), copy.deepcopy(config)
+    model, config = _copied(model, {}), copy.deepcopy(config)
     model.requires_grad_(False)
     config.inference_mode = True  # atoms are then not decomposed, which needs numbers
     try:

@@ -29,6 +29,7 @@ from sd_atoms.pipeline.artefact import (
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
 from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
+from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap_adapter
 
@@ -36,6 +37,7 @@ from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap
 SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}
 TOKEN_OWNERS = "_sd_atoms_token_owners"  # in the text encoder: placeholder -> adapters that it came with
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "peft")
+take_block_scales()
 
 
 def save_adapter(

@@ -57,7 +57,7 @@ PARTS = {
 TOGETHER = (("atoms_delta", "atoms_initial"), ("atoms_block_delta", "atoms_block_initial"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artefact:
     """An adapter at rest.
 
@@ -66,7 +66,7 @@ class Artefact:
     atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     text_config, text_state: the same of the text encoder's adapter, if there is one. source: where it was read, for
-    messages.
+    messages. size_bytes: of the files it was read from.
     """
 
     config: PeftConfig | None
@@ -76,6 +76,18 @@ class Artefact:
     text_config: PeftConfig | None = None
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
+    size_bytes: int | None = None
+
+    def __repr__(self) -> str:
+        """One line, without the numbers."""
+        trained = sum(value.numel() for key, value in self.state.items() if not key.endswith("_initial"))
+        parts = [f"{self.method}: {len(self.layers)} modules, {trained:,} parameters"]
+        if self.text_config is not None:
+            parts.append(f"{len(self.text_layers)} modules of the text encoder")
+        parts += [f"tokens {' '.join(self.tokens)}"] * bool(self.tokens) + [
+            f"base {self.about.get('base', 'unknown')}"
+        ]
+        return f"<{type(self).__name__} {self.source}, {', '.join(parts)}>"
 
     @property
     def method(self) -> str:
@@ -194,7 +206,10 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
         path = path / "adapter"  # a run folder stands for its adapter
     if not path.exists():
         path = _download(str(source), revision)
-    return replace(_read_file(path) if path.is_file() else _read_folder(path), source=str(source))
+    artefact = _read_file(path) if path.is_file() else _read_folder(path)
+    files = [path] if path.is_file() else [*path.iterdir(), *(path / TEXT).glob("*")]
+    size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
+    return replace(artefact, source=str(source), size_bytes=size)
 
 
 def _read_file(path: Path) -> Artefact:
@@ -203,7 +218,7 @@ def _read_file(path: Path) -> Artefact:
     tensors, about = _read_tensors(path)
     if about is None:
         hint = (
-            "; a checkpoint of a run is drawn from by `sd-atoms generate --adapter`"
+            "; a checkpoint of a run is taken by `sd-atoms generate`, drift, inspect and share"
             if "checkpoint" in path.name
             else ""
         )

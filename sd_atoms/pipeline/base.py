@@ -43,6 +43,8 @@ def open_base(
             f"{name}: it is a file, and a base is a folder; make one with "
             "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder), then pass the folder"
         )
+    if revision is not None and os.path.exists(source):
+        raise UserError(f"revision: {revision!r} is for a hub id, and {name} is a folder")
     try:
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind != "StableDiffusionPipeline":

@@ -18,7 +18,7 @@ from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_weight, base_weights, touched_layers
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.artefact import TEXT
+from sd_atoms.pipeline.artefact import TEXT, Artefact
 from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
 from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
 from sd_atoms.pipeline.header import find_base, parse_header
@@ -98,11 +98,11 @@ def trainable_params(modules: Mapping[str, nn.Module], names: Sequence[str], con
 
 
 @torch.no_grad()
-def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
+def inspect_adapter(adapter: str | Path | Artefact, base: str | None = None) -> dict[str, Any]:
     """Measures what an adapter changes in every layer, in float32 on the CPU, at full strength.
 
     Args:
-        adapter: a folder, one .safetensors file, or a hub id.
+        adapter: a folder, one .safetensors file, a hub id, or what was read of one.
         base: what it is measured on; None takes the base that the adapter's header names.
 
     Returns:
@@ -117,7 +117,8 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: adapter or base cannot be opened, they do not fit, or the adapter's numbers are not finite.
     """
-    artefact = read_artefact(adapter)
+    artefact = adapter if isinstance(adapter, Artefact) else read_artefact(adapter)
+    adapter = artefact.source
     tensors = {**artefact.state, **{f"{TEXT}.{key}": value for key, value in artefact.text_state.items()}}
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
@@ -144,7 +145,7 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         apart = distance(ours, from_text(about["fingerprint"]))
     return {
         "adapter": adapter,
-        "bytes": _size(adapter),
+        "bytes": artefact.size_bytes,
         "base": base,
         "distance_to_base": apart,
         "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
@@ -178,6 +179,16 @@ def inspect_adapter(adapter: str, base: str | None = None) -> dict[str, Any]:
         ],
         "layers": layers,
     }
+
+
+@torch.no_grad()
+def unet_change(unet: nn.Module, adapter: str = "default") -> float | None:
+    """|ΔF|/|F| over all weights that an adapter is on, at full strength; None where it is on none."""
+    layers = [layer for layer in tuner_layers(unet).values() if hasattr(base_of(layer), "weight")]
+    if not layers:
+        return None
+    changed = sum(energy(_change(layer, adapter)) for layer in layers)
+    return root_ratio(changed, sum(energy(base_weight(layer)) for layer in layers), 0.0)
 
 
 def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict[str, Any]:
@@ -223,11 +234,12 @@ def _change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
     if isinstance(layer, (AtomsLayer, TunedLayer)):
         return layer.get_delta_weight(adapter)
     weight = layer.get_base_layer().weight
-    before = weight.detach().clone()
+    before = weight.data
+    weight.data = before.float().clone()  # in half precision a small change is lost in rounding
     layer.merge(adapter_names=[adapter])
-    change = weight.detach() - before
+    change = weight.data - before
     layer.merged_adapters.clear()
-    weight.data.copy_(before)
+    weight.data = before
     return change
 
 
@@ -282,12 +294,3 @@ def _mode(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -
         words.append(f"block atoms kc={config.kc}" + (f", m_c={config.m_c}" if config.m_c else ""))
     words.append(f"{config.solver} solver" + (f" (λ={config.l1:g})" if config.solver == "sparse" else ""))
     return ", ".join(words)
-
-
-def _size(adapter: str) -> int | None:
-    """Bytes of a local adapter's files."""
-    path = Path(adapter).expanduser()
-    if path.is_dir():
-        files = [*path.iterdir(), *(path / TEXT).glob("*")]
-        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
-    return path.stat().st_size if path.is_file() else None

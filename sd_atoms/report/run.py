@@ -73,6 +73,8 @@ def summary_text(metrics: Mapping[str, Any], words: str, adapter: Path, grid: Pa
     if "last_loss" in training:
         curve = f"; loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
     lines = [f"\nTrained {' and '.join(parts)} in {training['steps']} steps, {training['seconds']:.0f} s{curve}."]
+    if training["relative_change"]:
+        lines.append(f"Its filters moved by |ΔF|/|F| = {training['relative_change']:.1%} of the base's.")
     if training["kept_step"]:
         lines.append(f"Kept step {training['kept_step']}, of the lowest validation loss.")
     if "clip" in metrics:

@@ -32,6 +32,28 @@ def header(config: TrainConfig, **training) -> Header:
     )
 
 
+def checkpoint_of(source: str) -> Path | None:
+    """The checkpoint that a source stands for: itself, or the last one of a folder of them; None where it is none."""
+    path = Path(source).expanduser()
+    if path.is_dir() and checkpoints(path):
+        path = checkpoints(path)[-1]
+    return path if path.is_file() and NAME.fullmatch(path.name) else None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint.
+
+    Raises:
+        UserError: there is none above it.
+    """
+    for folder in checkpoint.resolve().parents[:3]:
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"{checkpoint}: a checkpoint is read with the {CONFIG} of its run, which is not in a folder above it"
+    )
+
+
 def open_adapter(source: str, base: str | None = None) -> Artefact:
     """Reads an adapter as `read_artefact` does, or that of a checkpoint.
 
@@ -43,19 +65,13 @@ def open_adapter(source: str, base: str | None = None) -> Artefact:
     Raises:
         UserError: there is none, it is corrupt, or the checkpoint's run cannot be told.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() and checkpoints(path):
-        path = checkpoints(path)[-1]
-    if not (path.is_file() and NAME.fullmatch(path.name)):
+    path = checkpoint_of(source)
+    if path is None:
         return read_artefact(source)
-    settings = next((folder / CONFIG for folder in path.resolve().parents[:3] if (folder / CONFIG).is_file()), None)
-    if settings is None:
-        raise UserError(
-            f"{path}: a checkpoint is read with the {CONFIG} of its run, which is not in a folder above it"
-        )
+    settings = run_of(path) / CONFIG
     config = resolve(TrainConfig, {}, str(settings), [])
     if base is not None:
-        config = replaced(config, pretrained_model_name_or_path=base)
+        config = replaced(config, pretrained_model_name_or_path=base, revision=None)
     pipe = open_base(
         config.base.pretrained_model_name_or_path, revision=config.base.revision, variant=config.base.variant
     )

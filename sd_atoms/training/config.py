@@ -10,7 +10,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods import Method, check_settings, from_peft_config, get_method
 from sd_atoms.methods.table import METHODS, RATES
 from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
-from sd_atoms.settings import flat, section, setting
+from sd_atoms.settings import flat, section, setting, unmet_needs
 from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
 
 MODEL, ADAPTER, RUN, OBJECTIVE, OPTIMISER = "model", "adapter", "run", "objective", "optimiser"
@@ -53,9 +53,17 @@ class TextSettings:
     # without its own row the new word stays what the initializer is, and styles pull the concept back to it
     train_token_embedding: bool = setting(False, TOKEN, "also train the new word's embedding row")
     train_text_encoder: bool = setting(False, TOKEN, "also adapt the text encoder's attention")
-    text_adapter: str = setting("atoms", TOKEN, "how: block atoms or LoRA", choices=TEXT_ADAPTERS)
-    text_kc: int = setting(4, TOKEN, "block atoms of the text encoder over text_kc x text_kc channels", low=1)
-    text_rank: int = setting(4, TOKEN, "rank of its LoRA", low=1)
+    text_adapter: str = setting(
+        "atoms", TOKEN, "how: block atoms or LoRA", choices=TEXT_ADAPTERS, needs=["train_text_encoder"]
+    )
+    text_kc: int = setting(
+        4,
+        TOKEN,
+        "block atoms of the text encoder over text_kc x text_kc channels",
+        low=1,
+        needs=["train_text_encoder", "text_adapter=atoms"],
+    )
+    text_rank: int = setting(4, TOKEN, "rank of its LoRA", low=1, needs=["train_text_encoder", "text_adapter=lora"])
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,17 @@ class PriorSettings:
     )
     class_prompt: str | None = setting(None, PRIOR, 'what is kept, such as "photo of a castle"')
     class_prompts_file: str | None = setting(
-        None, PRIOR, "prompts for the teacher, one per line, in place of class_prompt", file=True
+        None,
+        PRIOR,
+        "prompts for the teacher, one per line, in place of class_prompt",
+        file=True,
+        needs=["prior=teacher"],
     )
     class_data_dir: str | None = setting(None, PRIOR, "folder of class pictures; missing ones are drawn by the base")
-    num_class_images: int = setting(100, PRIOR, "class pictures that are used", low=1)
-    prior_loss_weight: float = setting(1.0, PRIOR, "weight of the prior against the concept", low=0.0)
+    num_class_images: int = setting(100, PRIOR, "class pictures that are used", low=1, needs=["prior=images"])
+    prior_loss_weight: float = setting(
+        1.0, PRIOR, "weight of the prior against the concept", low=0.0, needs=["prior=images|teacher"]
+    )
 
 
 @dataclass(frozen=True)
@@ -100,10 +114,12 @@ class MethodSettings:
     m1: int = setting(0, ADAPTER, "overcomplete: atoms mixed per input channel out of m1 each; 0 = shared", low=0)
     train_beta: bool = setting(True, ADAPTER, "also train the mixing of overcomplete atoms")
     kc: int = setting(0, ADAPTER, "block atoms over kc x kc channels on 1x1 and Linear layers; 0 = none", low=0)
-    m_c: int = setting(0, ADAPTER, "block atoms per layer are m_c x kc x kc; 0 = exact", low=0)
-    block_layers: str = setting("pointwise", ADAPTER, "which layers get block atoms", choices=BLOCK_LAYERS)
+    m_c: int = setting(0, ADAPTER, "block atoms per layer are m_c x kc x kc; 0 = exact", low=0, needs=["kc"])
+    block_layers: str = setting(
+        "pointwise", ADAPTER, "which layers get block atoms", choices=BLOCK_LAYERS, needs=["kc"]
+    )
     solver: str = setting("svd", ADAPTER, "how the initial atoms are found", choices=SOLVERS)
-    l1: float = setting(1e-3, ADAPTER, "sparsity of the sparse solver", low=0.0)
+    l1: float = setting(1e-3, ADAPTER, "sparsity of the sparse solver", low=0.0, needs=["solver=sparse"])
     target: str | None = setting(
         None,
         ADAPTER,
@@ -157,7 +173,13 @@ class ObjectiveSettings:
     )
     snr_gamma: float | None = setting(None, OBJECTIVE, "min-SNR weights, 5 is usual; none = all alike", low=0.0)
     loss_type: str = setting("l2", OBJECTIVE, "distance of prediction and target", choices=LOSSES)
-    huber_c: float = setting(0.1, OBJECTIVE, "where huber and smooth_l1 turn from squares to lines", low=1e-6)
+    huber_c: float = setting(
+        0.1,
+        OBJECTIVE,
+        "where huber and smooth_l1 turn from squares to lines",
+        low=1e-6,
+        needs=["loss_type=huber|smooth_l1"],
+    )
     noise_offset: float = setting(0.0, OBJECTIVE, "noise of a whole channel, for darker and lighter pictures", low=0.0)
     rescale_betas_zero_snr: bool = setting(
         False, OBJECTIVE, "last timestep is pure noise; needs a base that predicts v"
@@ -173,17 +195,29 @@ class OptimiserSettings:
     learning_rate: float | None = setting(
         None, OPTIMISER, f"of what is trained in the UNet; none = by its kind: {_listed(KIND_RATES)}", low=0.0
     )
-    beta_learning_rate: float | None = setting(None, OPTIMISER, f"of β; none = {RATES['beta']:g}", low=0.0)
+    beta_learning_rate: float | None = setting(
+        None, OPTIMISER, f"of β; none = {RATES['beta']:g}", low=0.0, needs=["m1"]
+    )
     token_learning_rate: float | None = setting(
-        None, OPTIMISER, f"of the new word's embedding row; none = {RATES['row']:g}", low=0.0
+        None,
+        OPTIMISER,
+        f"of the new word's embedding row; none = {RATES['row']:g}",
+        low=0.0,
+        needs=["train_token_embedding"],
     )
     text_learning_rate: float | None = setting(
-        None, OPTIMISER, f"of the text encoder's adapter; none = by its kind: {_listed(TEXT_RATES)}", low=0.0
+        None,
+        OPTIMISER,
+        f"of the text encoder's adapter; none = by its kind: {_listed(TEXT_RATES)}",
+        low=0.0,
+        needs=["train_text_encoder"],
     )
     lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps of rising learning rate", low=0)
-    lr_num_cycles: int = setting(1, OPTIMISER, "restarts of cosine_with_restarts", low=1)
-    lr_power: float = setting(1.0, OPTIMISER, "power of polynomial", low=0.0)
+    lr_num_cycles: int = setting(
+        1, OPTIMISER, "restarts of cosine_with_restarts", low=1, needs=["lr_scheduler=cosine_with_restarts"]
+    )
+    lr_power: float = setting(1.0, OPTIMISER, "power of polynomial", low=0.0, needs=["lr_scheduler=polynomial"])
     adam_beta1: float = setting(0.9, OPTIMISER, "decay of the mean of gradients", low=0.0, high=0.9999999)
     adam_beta2: float = setting(
         0.99, OPTIMISER, "decay of their squares; 0.999 looks back further than 300 steps", low=0.0, high=0.9999999
@@ -206,16 +240,26 @@ class ValidationSettings:
     validation_prompt: str | None = setting(
         None, VALIDATION, "prompt of the pictures drawn on the way; none = no pictures"
     )
-    validation_steps: int = setting(100, VALIDATION, "optimiser steps between them", low=1)
-    num_validation_images: int = setting(4, VALIDATION, "how many", low=1, high=10_000)
+    validation_steps: int = setting(
+        100, VALIDATION, "optimiser steps between them", low=1, needs=["validation_prompt"]
+    )
+    num_validation_images: int = setting(4, VALIDATION, "how many", low=1, high=10_000, needs=["validation_prompt"])
     validation_loss_steps: int | None = setting(
         None, VALIDATION, "optimiser steps between losses at fixed noise and timesteps; none = no such loss", low=1
     )
     holdout_images: int = setting(
-        0, VALIDATION, "pictures kept out of training for that loss; 0 = it is of all", low=0
+        0,
+        VALIDATION,
+        "pictures kept out of training for that loss; 0 = it is of all",
+        low=0,
+        needs=["validation_loss_steps"],
     )
     keep: str = setting(
-        "last", VALIDATION, "which step becomes the adapter; best = of the lowest such loss", choices=("last", "best")
+        "last",
+        VALIDATION,
+        "which step becomes the adapter; best = of the lowest such loss",
+        choices=("last", "best"),
+        needs=["validation_loss_steps"],
     )
 
 
@@ -281,8 +325,10 @@ class HubSettings:
     """Where the adapter is shared."""
 
     push_to_hub: bool = setting(False, SHARING, "upload the adapter with a model card; log in with `hf auth login`")
-    hub_model_id: str | None = setting(None, SHARING, "where to, owner/name; none = your name and the run folder's")
-    hub_private_repo: bool = setting(False, SHARING, "make the repository private")
+    hub_model_id: str | None = setting(
+        None, SHARING, "where to, owner/name; none = your name and the run folder's", needs=["push_to_hub"]
+    )
+    hub_private_repo: bool = setting(False, SHARING, "make the repository private", needs=["push_to_hub"])
 
 
 @dataclass(frozen=True)
@@ -325,16 +371,23 @@ class TrainConfig:
         words = self.tokens
         if len(set(words)) < len(words):
             problems.append(f"placeholder_token: every token once is allowed, got {' '.join(words)}")
-        if self.prior.prior != "teacher" and self.prior.class_prompts_file:
-            problems.append("class_prompts_file needs prior=teacher")
-        if self.prior.prior == "none" and (self.prior.class_data_dir or self.prior.class_prompt):
+        if self.prior.prior == "none" and any(own.class_data_dir or own.class_prompt for own in self.all_concepts):
             problems.append("class_prompt and class_data_dir need a prior: images or teacher")
+        if self.prior.prior == "teacher" and any(own.class_data_dir for own in self.all_concepts):
+            problems.append("class_data_dir needs prior=images; prior=teacher needs no pictures")
+        if self.prior.class_prompts_file and any(own.class_prompt for own in self.all_concepts):
+            problems.append("class_prompts_file stands in place of class_prompt")
         if self.data.dataset_name is not None and (self.data.instance_data_dir or self.data.captions):
             problems.append("dataset_name stands in place of instance_data_dir and captions (see caption_column)")
-        if self.data.dataset_name is None and self.data.caption_column:
-            problems.append("caption_column needs dataset_name")
+        captions = "captions" if self.data.captions else "caption_column" if self.data.caption_column else None
+        if captions and any(own.instance_prompts_file for own in self.all_concepts):
+            problems.append(f"{captions} stand in place of instance_prompts_file")
+        templates = captions or self.images.prompts_file
+        for concept in self.all_concepts:
+            if concept.initializer_token and not (concept.tokens or concept.instance_prompts_file or templates):
+                problems.append("initializer_token needs a placeholder_token, or templates or captions with {}")
         method = self.method.chosen()
-        problems += check_settings(method, self.method.given())
+        problems += check_settings(method, self.method.given()) + unmet_needs(self, self.usual_rates())
         if method.name == "atoms" and not self.method.m and not self.method.kc:
             problems.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
         if method.name == "token" and not self.text.train_token_embedding:
@@ -349,14 +402,23 @@ class TrainConfig:
             problems.append(
                 "prompts_file needs a placeholder_token (or an initializer_token) to put in the place of {}"
             )
-        if self.validation.keep == "best" and self.validation.validation_loss_steps is None:
-            problems.append("keep=best needs validation_loss_steps")
-        if self.validation.holdout_images and self.validation.validation_loss_steps is None:
-            problems.append("holdout_images needs validation_loss_steps")
-        if self.hub.hub_model_id and not self.hub.push_to_hub:
-            problems.append("hub_model_id needs push_to_hub")
         if problems:
             raise UserError("; ".join(problems))
+
+    def usual_rates(self) -> dict[str, float | None]:
+        """What each learning rate is if nobody says otherwise."""
+        method = self.method.chosen()
+        usual = {
+            "learning_rate": method.rates.get(method.main_kinds[0]),
+            "beta_learning_rate": method.rates.get("beta", RATES["beta"]),
+            "token_learning_rate": RATES["row"],  # of method token, what learning_rate says
+            "text_learning_rate": TEXT_RATES[self.text.text_adapter],
+        }
+        if self.optimiser.optimizer == "prodigy":
+            usual = dict.fromkeys(usual, 1.0)  # it finds its own rate and wants 1
+        if method.main_kinds == ("row",) and self.optimiser.learning_rate is not None:
+            usual["token_learning_rate"] = self.optimiser.learning_rate
+        return usual
 
     @property
     def tokens(self) -> list[str]:

@@ -14,6 +14,7 @@ from sd_atoms.methods import find_budget
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
 from sd_atoms.pipeline.fingerprint import mark
+from sd_atoms.pipeline.inspection import unet_change
 from sd_atoms.pipeline.tokens import initializer_rows
 from sd_atoms.settings import replaced
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
@@ -39,10 +40,11 @@ class Outcome:
     trainable_params: int  # in the UNet
     trainable_token_params: int  # entries of trained embedding rows
     trainable_text_params: int = 0  # entries of the text encoder's adapter
+    relative_change: float | None = None  # |ΔF|/|F| over the adapted weights of the UNet
     kept_step: int | None = None  # whose values are saved, if not the last one's
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)  # token -> trained row (d,), float32
 
-    def entries(self) -> dict[str, int | None]:
+    def entries(self) -> dict[str, int | float | None]:
         """The same for metrics.json."""
         return {
             "method": self.method,
@@ -50,6 +52,7 @@ class Outcome:
             "trained_numbers": self.trainable_params,
             "trained_token_numbers": self.trainable_token_params,
             "trained_text_numbers": self.trainable_text_params,
+            "relative_change": self.relative_change,
             "kept_step": self.kept_step,
         }
 
@@ -157,9 +160,11 @@ def train_diffusion(
             )  # fmt: skip
         return sample_losses(batch, denoiser, plain, texts, objective, device).sum() / len(numbers)
 
-    def loss_to_compare() -> float:
+    def validate() -> dict[str, float]:
         examples = dataset.held_out or dataset.examples
-        return validation_loss(plain, examples, texts, objective, seed, schedule, accelerator)
+        found = {"validation_loss": validation_loss(plain, examples, texts, objective, seed, schedule, accelerator)}
+        change = unet_change(pipe.unet)
+        return found if change is None else found | {"relative_change": change}
 
     progress = run_steps(
         plain,
@@ -172,7 +177,7 @@ def train_diffusion(
         optimiser=config.optimiser,
         validation=config.validation,
         output=config.output,
-        hooks=Hooks(begin, loss_to_compare, show),
+        hooks=Hooks(begin, validate, show),
         data=dataset.digests,
     )
 
@@ -194,6 +199,7 @@ def train_diffusion(
         trainable_params=sum(p.numel() for p in adapter),
         trainable_token_params=rows.rows.numel() if rows is not None else 0,
         trainable_text_params=sum(p.numel() for p in text),
+        relative_change=unet_change(pipe.unet),
         kept_step=progress.best_step if progress.best else None,
         rows=trained_rows,
     )

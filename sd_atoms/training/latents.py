@@ -93,7 +93,7 @@ class Shards(Sequence):
 def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, accelerator) -> Shards:
     keys = [_key(record, how) for record in records]
     # one look for all: a process that is late would see what another has written already, and share other work
-    there = _seen(folder) if accelerator is None else on_main(accelerator, lambda: _seen(folder))
+    there = on_main(accelerator, lambda: _seen(folder))
     missing = list({key: record for key, record in zip(keys, records, strict=True) if key not in there}.items())
 
     def write(share: Sequence[tuple[str, ImageRecord]]) -> list[None]:

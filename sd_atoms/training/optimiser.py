@@ -9,26 +9,15 @@ from torch import nn
 
 from sd_atoms.errors import UserError
 from sd_atoms.methods import Method
-from sd_atoms.methods.table import METHODS
 from sd_atoms.settings import replaced
-from sd_atoms.training.config import TEXT_RATES, OptimiserSettings, TrainConfig
+from sd_atoms.training.config import OptimiserSettings, TrainConfig
 
 RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "text_learning_rate")
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """The same settings with what was left open filled in: the method's target, and every learning rate."""
-    method = config.method.chosen()
-    usual = {
-        "learning_rate": method.rates.get(method.main_kinds[0]),
-        "beta_learning_rate": method.rates.get("beta", METHODS["atoms"].rates["beta"]),
-        "token_learning_rate": METHODS["token"].rates["row"],  # of method token, what learning_rate says
-        "text_learning_rate": TEXT_RATES[config.text.text_adapter],
-    }
-    if config.optimiser.optimizer == "prodigy":
-        usual = dict.fromkeys(usual, 1.0)  # it finds its own rate and wants 1
-    if method.main_kinds == ("row",) and config.optimiser.learning_rate is not None:
-        usual["token_learning_rate"] = config.optimiser.learning_rate
+    usual, method = config.usual_rates(), config.method.chosen()
     left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}
     return replaced(config, target=config.method.target or method.default_target, **left_open)
 

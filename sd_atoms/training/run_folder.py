@@ -1,11 +1,12 @@
 """A run folder: config.yaml, env.json, log.jsonl, logs/, checkpoints/, adapter/, images/, metrics.json, one file."""
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -102,22 +103,48 @@ def _in_use(folder: Path) -> bool:
     return folder.exists() and bool(set(folder.iterdir()) - {folder / LATENTS, *leftovers(folder)})
 
 
-def open_run(config: TrainConfig, processes: int) -> None:
-    """Makes the folder ready: old results out, resolved config and environment in; step 1 may follow.
+def open_run(config: TrainConfig, processes: int, start: Callable[[Path], None]) -> None:
+    """Makes the folder ready: curves begun, old results out, resolved config and environment in; step 1 may follow.
 
     The folder counts as a run at every moment, so that --overwrite works on what a killed process left.
+
+    Args:
+        config: settings.
+        processes: how many train.
+        start: begins the curves in a folder, or raises; nothing of an old run has gone by then.
     """
     folder = Path(config.output.output_dir)
+    old_curves = [path for path in (folder / CURVES).rglob("*") if path.is_file()]
+    with _nothing_left_on_error(folder):
+        if not (folder / CONFIG).exists():
+            write_text(folder / CONFIG, to_yaml(config))
+        start(folder / CURVES)
     for path in leftovers(folder):
         path.unlink(missing_ok=True)
     if not config.output.resume_from_checkpoint:
-        for entry in (CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE):
+        for entry in (CHECKPOINTS, ADAPTER, IMAGES, SHARE):
             shutil.rmtree(folder / entry, ignore_errors=True)
+        for path in old_curves:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the new ones are there
+                os.removedirs(path.parent)
         for path in [folder / entry for entry in (LOG, METRICS, ENVIRONMENT)] + [*folder.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
     saved = replaced(config, overwrite=False, resume_from_checkpoint=None)
     write_text(folder / CONFIG, to_yaml(saved))
     write_json(folder / ENVIRONMENT, environment(processes))
+
+
+@contextlib.contextmanager
+def _nothing_left_on_error(folder: Path) -> Iterator[None]:
+    """Takes away what was made in a folder by what fails; what stood there stays."""
+    before = {*folder.rglob("*")}
+    try:
+        yield
+    except Exception:
+        for path in sorted({*folder.rglob("*")} - before, reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        raise
 
 
 def environment(processes: int) -> dict:

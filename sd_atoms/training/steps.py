@@ -27,12 +27,12 @@ from sd_atoms.training.run_folder import CHECKPOINTS, LOG, cut_log, read_log
 class Hooks(NamedTuple):
     """What a kind of training does besides the loss; all are called on every process.
 
-    begin: once all is ready; until then nothing is written. validation_loss: a loss that can be compared between
-    steps. show: the step at which images are wanted.
+    begin: once all is ready; until then nothing is written. validate: the log's entries on how far the training is, a
+    `validation_loss` that can be compared between steps among them. show: the step at which images are wanted.
     """
 
     begin: Callable[[], None]
-    validation_loss: Callable[[], float]
+    validate: Callable[[], dict[str, float]]
     show: Callable[[int], None]
 
 
@@ -138,7 +138,7 @@ def run_steps(
             }
             if validation.validation_loss_steps and done % validation.validation_loss_steps == 0:
                 with swapped_in(parameters, progress.mean):
-                    entry["validation_loss"] = hooks.validation_loss()
+                    entry |= hooks.validate()
                     if validation.keep == "best" and entry["validation_loss"] < progress.best_loss:
                         progress.best = {name: p.detach().clone() for name, p in parameters.items()}
                         progress.best_loss, progress.best_step = entry["validation_loss"], done

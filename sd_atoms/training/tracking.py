@@ -1,5 +1,6 @@
 """Curves and pictures of a run in the trackers that Accelerate knows, beside log.jsonl."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def start_trackers(accelerator, folder: Path, run: str) -> None:
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=names)
     except Exception as error:  # each has errors of its own
+        for tracker in accelerator.trackers:  # those before it
+            with contextlib.suppress(Exception):
+                tracker.finish()
         raise UserError(f"report_to: a tracker cannot begin ({' '.join(str(error).split())[:300]})") from error
 
 

@@ -28,7 +28,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels
-from sd_atoms.tuner.shared import Strengths
+from sd_atoms.tuner.shared import Strengths, refuse_leaf_offload
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 
@@ -295,6 +295,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         weight, bias = layer.weight, layer.bias
         if weight.is_meta and not x.is_meta:
             return self._onloaded(x, *args, **kwargs)
+        refuse_leaf_offload(layer)
         # diffusers' layer-wise casting: the base layer's hook would cast, but only when the layer itself is called
         cast = weight.dtype != x.dtype and hasattr(layer, "_diffusers_hook")
         # first, since small layers are as quick as a few look-ups

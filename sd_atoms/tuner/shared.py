@@ -6,6 +6,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from sd_atoms.errors import UserError
+
 ERRORS_SHOWN = 4
 
 
@@ -61,6 +63,20 @@ def refuse_unfit_layers(tuner: BaseTuner, config: PeftConfig, check: Callable[[s
     if unfit:
         more = f" (and {len(unfit) - ERRORS_SHOWN} more)" if len(unfit) > ERRORS_SHOWN else ""
         raise ValueError(f"target_modules: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}")
+
+
+def refuse_leaf_offload(layer: nn.Module) -> None:
+    """Stops where diffusers' group offloading keeps the weights of this very layer away until it is itself called.
+
+    Raises:
+        UserError: it does so.
+    """
+    hooks = getattr(layer, "_diffusers_hook", None)
+    if hooks is not None and hooks.get_hook("group_offloading") is not None:
+        raise UserError(
+            "group offloading at leaf_level takes the weights from under adapters; use offload_type='block_level', "
+            "or fuse the adapter (pipe.fuse_lora()) before"
+        )
 
 
 def base_of(module: nn.Module) -> nn.Module:

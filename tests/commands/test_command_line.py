@@ -170,6 +170,14 @@ def test_a_checkpoint_is_the_adapter_of_its_step(trained, tmp_path, capsys):
     words = ["generate", "--prompts", str(tmp_path / "t.txt"), "--seeds", "0", "--out", str(tmp_path / "o")]
     assert main([*words, "--adapter", str(checkpoints / "checkpoint-2.safetensors")]) == 0
     assert image_notes(tmp_path / "o" / "prompt00-seed0.png")["adapter_digest"] == earlier.digest()
+    results = [tmp_path / "of_checkpoint.json", tmp_path / "of_adapter.json"]
+    for source, result in zip((checkpoints, trained / "castle.safetensors"), results, strict=True):
+        assert main(["inspect", str(source), "--json", str(result)]) == 0
+    ours, theirs = (json.loads(result.read_text()) for result in results)
+    for key in ("adapter", "about", "bytes"):
+        ours.pop(key)
+        theirs.pop(key)
+    assert ours == theirs
     (tmp_path / "checkpoint-2.safetensors").write_bytes((checkpoints / "checkpoint-2.safetensors").read_bytes())
     assert main([*words, "--adapter", str(tmp_path / "checkpoint-2.safetensors")]) == 2
     assert "is read with the config.yaml of its run" in capsys.readouterr().err

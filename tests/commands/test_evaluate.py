@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 def evaluate(place, *more, folder="made", networks="pocket:clip"):
     file = place / "result.json"
-    words = ["evaluate", place / folder, "--networks", networks, "--draws", "20", "--json", file, *more]
+    words = ["evaluate", place / folder, "--networks", networks, "--draws", "20", "--json", file, "--overwrite", *more]
     assert main([str(word) for word in words]) == 0
     return json.loads(file.read_text())
 
@@ -173,10 +173,48 @@ def test_two_processes_find_the_same(place):
     words = [place / "made", "--networks", "pocket:clip", "--draws", "20", "--reference", place / "real"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_atoms"]
     done = subprocess.run(
-        [str(word) for word in [*launch, "evaluate", *words, "--json", place / "two.json"]],
+        [str(word) for word in [*launch, "evaluate", *words, "--json", place / "two.json", "--overwrite"]],
         env=dict(os.environ, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     both = json.loads((place / "two.json").read_text())["networks"]["pocket:clip"]["figures"]
     for name, figure in alone.items():
         assert both[name]["value"] == pytest.approx(figure["value"], rel=1e-5, abs=1e-6), name
+
+
+FULL = """
+import os, sys, time
+from pathlib import Path
+import sd_atoms.{module}
+from sd_atoms.cli import main
+
+def full(*args, **more):
+    raise OSError(28, "No space left on device")
+
+sd_atoms.{module}.save_file = full
+code = main()
+Path(__file__).with_name("code" + os.environ["RANK"]).write_text(str(code))
+time.sleep(5 * (os.environ["RANK"] == "0"))  # the launcher ends the others when one is at its end
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["evaluation.networks", "data.checked"])
+def test_a_full_disk_ends_both_processes_with_one_line(place, tmp_path, module):
+    (tmp_path / "full.py").write_text(FULL.format(module=module))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["evaluate", place / "made", "--networks", "pocket:clip", "--cache_dir", tmp_path / "cache"]
+    logs = ["--log-dir", tmp_path / "logs", "--redirects", "3"]
+    done = subprocess.run(
+        [str(word) for word in [*launch, *logs, tmp_path / "full.py", *words]],
+        env=dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=os.getcwd()), check=False, timeout=300,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = {path.parent.name: path.read_text() for path in (tmp_path / "logs").rglob("stderr.log")}
+    assert len(said) == 2
+    assert said["0"].count("no space left on the disk") == 1
+    assert not any("Traceback" in text for text in said.values())
+    assert [(tmp_path / name).read_text() for name in ("code0", "code1")] == ["2", "2"]
+    assert not list((tmp_path / "cache").rglob(".*"))

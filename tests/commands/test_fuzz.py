@@ -1,6 +1,6 @@
-"""Two hundred malformed inputs from one seed: each ends in one line and exit code 2, or is handled.
+"""Malformed inputs of all kinds, two hundred from each seed: each ends in one line and exit code 2, or is handled.
 
-A case is rerun by its number: pytest tests/test_fuzz.py -k "case_17 or case_18".
+A case is rerun by its seed and number: pytest tests/commands/test_fuzz.py -m "slow or not slow" -k "seed_3_case_17".
 """
 
 import copy
@@ -11,20 +11,25 @@ import re
 import shutil
 import signal
 import struct
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
 from helpers import CASTLE
 from PIL import Image
 from safetensors.torch import load_file, save
+from tiny import write_tiny_base
 
 from sd_atoms.cli import main, train_main
 from sd_atoms.files import leftovers
 from sd_atoms.pipeline import open_base
 
-CASES, SEED, LIMIT_S = 200, 20240229, 60
+SEEDS, CASES, LIMIT_S = 12, 200, 60
+USUAL = 50  # cases of seed 0 that are run every time
 QUICK = dict(
     **CASTLE,
     resolution=64,
@@ -38,30 +43,51 @@ QUICK = dict(
 TRAINED = dict(resolution=None, train_token_embedding=True, ema_decay=0.9, validation_loss_steps=1, keep="best")
 
 
-@pytest.fixture
-def quick_base(monkeypatch, pocket):
-    """Opening the pocket base is a copy of one that is open."""
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with the tiny base."""
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_base(tiny):
+    """Opening the pocket base is a copy of the tiny one that is open."""
+    base = open_base(str(tiny))
 
     def opened(name, **settings):
         if name != "pocket":
             return open_base(name, **settings)
-        own = copy.copy(pocket)
+        own = copy.copy(base)
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            own.register_modules(**{part: copy.deepcopy(getattr(pocket, part))})
+            own.register_modules(**{part: copy.deepcopy(getattr(base, part))})
         return own
 
-    for module in ("commands.train", "commands.generate", "pipeline.inspection"):
-        monkeypatch.setattr(f"sd_atoms.{module}.open_base", opened)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("commands.train", "commands.generate", "pipeline.inspection", "training.adapter"):
+            patch.setattr(f"sd_atoms.{module}.open_base", opened)
+        yield
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, quick_base):
     """A finished run of one step with everything in its checkpoint."""
     folder = tmp_path_factory.mktemp("fuzz")
     config = folder / "c.yaml"
     config.write_text(yaml.safe_dump({**QUICK, **TRAINED, "output_dir": str(folder / "run")}))
     assert train_main(["--config", str(config)]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, tiny, trained):
+    """What the cases are made from: a run, a base, and a data set of two pictures as `save_to_disk` writes it."""
+    table, rng = tmp_path_factory.mktemp("table") / "table", random.Random(0)
+    rows = {
+        "image": [{"bytes": encoded(noise(rng), "PNG"), "path": None} for _ in range(2)],
+        "text": ["a {}", "the {}"],
+    }
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(table)
+    return SimpleNamespace(run=trained, base=tiny, table=table)
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------
@@ -180,10 +206,10 @@ CONCEPTS = (
 )  # fmt: skip
 
 
-def config_case(rng, folder):
+def config_case(rng, folder, made, kinds=("settings", "syntax", "bytes")):
     """(words) of a training with a malformed YAML file."""
     settings = {**QUICK, "output_dir": str(folder / "run")}
-    kind = rng.choice(["settings", "settings", "syntax", "syntax", "bytes", "concepts"])
+    kind = rng.choice(kinds)
     if kind == "settings":
         text = settings_yaml(rng, folder, settings)
     elif kind == "syntax":
@@ -200,6 +226,11 @@ def config_case(rng, folder):
     path = folder / "inputs" / "c.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return ["--config", str(path)]
+
+
+def concepts_case(rng, folder, made):
+    """(words) of a training with a malformed list of concepts."""
+    return config_case(rng, folder, made, kinds=("concepts",))
 
 
 def noise(rng, width=40, height=32, mode="RGB"):
@@ -271,7 +302,7 @@ IMAGES = {
 }
 
 
-def image_case(rng, folder):
+def image_case(rng, folder, made):
     """(words) of a training with bad pictures, alone or among good ones."""
     photos = folder / "inputs" / "photos"
     photos.mkdir()
@@ -306,7 +337,7 @@ ENTRIES = (
 )  # fmt: skip
 
 
-def caption_case(rng, folder):
+def caption_case(rng, folder, made):
     """(words) of a training with bad captions."""
     photos = folder / "inputs" / "photos"
     photos.mkdir()
@@ -333,19 +364,19 @@ TEMPLATES = (
     b"{}" + b"\x1b[0m",
     "{} 😀 \u202e".encode(), b"a {}\nb {}\nc\n", b"{{}}", b"%s {}", b"{}\x85x", b"$ {} $ \\frac{",
 )  # fmt: skip
-SEEDS = (
+SEED_WORDS = (
     "", " ", ",", "-", "0-", "-1", "3-1", "0-99999999999", "1,1", "0-3,2", "1.5", "1e3", "nan", "٣", "½", "0x1",
     str(2**63 - 1), str(2**63), "9" * 400, "0--3", "0 - 0", "0;1", "0,", "\n0", "0\0", "\ud800",
 )  # fmt: skip
 
 
-def prompt_case(rng, folder, trained):
+def prompt_case(rng, folder, made):
     """(words) of drawing with bad templates or seeds."""
     bad = rng.random() < 0.6
     path = folder / "inputs" / "t.txt"
     path.write_bytes(rng.choice(TEMPLATES) if bad else b"a {}\n")
-    words = ["--adapter", str(trained / "castle.safetensors"), "--prompts", str(path), "--out", str(folder / "run")]
-    return ["generate", *words, "--num_inference_steps=1", f"--seeds={'0' if bad else rng.choice(SEEDS)}"]
+    words = ["--adapter", str(made.run / "castle.safetensors"), "--prompts", str(path), "--out", str(folder / "run")]
+    return ["generate", *words, "--num_inference_steps=1", f"--seeds={'0' if bad else rng.choice(SEED_WORDS)}"]
 
 
 def with_header(content, change):
@@ -438,12 +469,12 @@ def spoilt_metadata(rng, path, entry=None):
     return with_header(path.read_bytes(), change)
 
 
-def adapter_case(rng, folder, trained):
+def adapter_case(rng, folder, made):
     """(words) of drawing with a bad adapter, or of inspecting it."""
     inputs = folder / "inputs"
-    path = whole = shutil.copy(trained / "castle.safetensors", inputs)
+    path = whole = shutil.copy(made.run / "castle.safetensors", inputs)
     if rng.random() < 0.45:
-        path = shutil.copytree(trained / "adapter", inputs / "adapter")
+        path = shutil.copytree(made.run / "adapter", inputs / "adapter")
         whole = path / rng.choice(["adapter_model.safetensors", "learned_embeds.safetensors", "adapter_config.json"])
         other = rng.choice(["", "", "", "missing", "folder", "pickle"])
         if other:
@@ -483,9 +514,9 @@ def adapter_case(rng, folder, trained):
     return ["generate", "--adapter", str(path), *words]
 
 
-def checkpoint_case(rng, folder, trained):
+def checkpoint_case(rng, folder, made):
     """(words) of going on from a bad checkpoint."""
-    run = shutil.copytree(trained, folder / "inputs" / "run")
+    run = shutil.copytree(made.run, folder / "inputs" / "run")
     path = run / "checkpoints" / "checkpoint-1.safetensors"
     settings = {**QUICK, **TRAINED, "output_dir": str(run), "max_train_steps": 2}
     kind = rng.choice(["header"] * 3 + ["tensors"] * 3 + ["cut", "bytes", "words", "config", "log", "folder"])
@@ -513,17 +544,114 @@ def checkpoint_case(rng, folder, trained):
     return [*words, "--train_token_embedding", f"--resume_from_checkpoint={choice}"]
 
 
+def shard_case(rng, folder, made):
+    """(words) of a training from a bad tar file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=rng.choice(["w", "w", "w", "w:gz"])) as tar:
+        for name in [*rng.sample(sorted(IMAGES), rng.choice([0, 1, 2])), "good.png", "good.txt"]:
+            content = (
+                IMAGES[name](rng) if name in IMAGES else b"a {}" if name == "good.txt" else encoded(noise(rng), "PNG")
+            )
+            info = tarfile.TarInfo(rng.choice([name, f"a/{name}", f"../{name}", name.upper(), name * 20]))
+            info.size = len(content)
+            info.type = rng.choice([tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.DIRTYPE])
+            tar.addfile(info, io.BytesIO(content))
+    content = buffer.getvalue()
+    path = folder / "inputs" / "a.tar"
+    path.write_bytes(damaged(rng, content, 1000) if rng.random() < 0.6 else content)
+    settings = {**QUICK, "instance_data_dir": str(path), "output_dir": str(folder / "run")}
+    return [
+        *train_words(settings),
+        *rng.choice([[], ["--captions"]]),
+        f"--on_bad_image={rng.choice(['error', 'skip'])}",
+    ]
+
+
+def table_case(rng, folder, made):
+    """(words) of a training from a bad data set."""
+    table = Path(shutil.copytree(made.table, folder / "inputs" / "table"))
+    path = rng.choice(sorted(table.iterdir()))
+    kind = rng.choice(["bytes", "bytes", "json", "gone", "column", "split", "rows"])
+    words = {"dataset_name": str(table), "dataset_split": "train"}
+    if kind == "json" and path.suffix == ".json":
+        value = spoilt_json(rng, json.loads(path.read_text()))
+        path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+    elif kind == "gone":
+        path.unlink()
+    elif kind == "column":
+        words[rng.choice(["image_column", "caption_column"])] = rng.choice(
+            ["image", "text", "none", "", "\ud800", "a.b"]
+        )
+    elif kind == "split":
+        words["dataset_split"] = rng.choice(["test", "", "train[:1]", "../train", "train+train"])
+    elif kind == "rows":
+        shutil.rmtree(table)
+        texts = ["a {}", rng.choice(["", "{} {}", "\0", "x" * 5000])]
+        images = [
+            {"bytes": IMAGES[rng.choice(sorted(IMAGES))](rng), "path": None},
+            {"bytes": None, "path": "none.png"},
+        ]
+        rows = {"image": rng.choices(images, k=2), "text": texts}
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(table)
+        words["caption_column"] = "text"
+    else:
+        path.write_bytes(damaged(rng, path.read_bytes(), path.stat().st_size))
+    settings = {**QUICK, "instance_data_dir": None, **words, "output_dir": str(folder / "run")}
+    return train_words(settings)
+
+
+def base_case(rng, folder, made):
+    """(words) of a training on a bad base."""
+    base = Path(shutil.copytree(made.base, folder / "inputs" / "base"))
+    path = rng.choice(sorted(path for path in base.rglob("*") if path.is_file()))
+    kind = rng.choice(["bytes", "inside", "inside", "inside", "gone", "folder", "cut"])
+    if kind == "inside" and path.suffix == ".json":
+        value = spoilt_json(rng, json.loads(path.read_text()))
+        path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+    elif kind == "inside" and path.suffix == ".safetensors":
+        path.write_bytes(rng.choice([spoilt_tensors, spoilt_metadata])(rng, path))
+    elif kind in ("gone", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    else:
+        path.write_bytes(damaged(rng, path.read_bytes(), 5000))
+    return train_words({**QUICK, "pretrained_model_name_or_path": str(base), "output_dir": str(folder / "run")})
+
+
+def share_case(rng, folder, made):
+    """(words) of sharing a bad run."""
+    run = Path(shutil.copytree(made.run, folder / "inputs" / "run"))
+    path = rng.choice(sorted(path for path in run.rglob("*") if path.is_file()))
+    kind = rng.choice(["bytes", "inside", "gone", "folder"])
+    if kind == "inside" and path.suffix == ".json":
+        value = spoilt_json(rng, json.loads(path.read_text()))
+        path.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+    elif kind in ("gone", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    else:
+        path.write_bytes(damaged(rng, path.read_bytes(), 3000))
+    return ["share", str(rng.choice([run, run, run / "checkpoints"]))]
+
+
 # --- the cases -------------------------------------------------------------------------------------------------------
 
 FAMILIES = {
-    "image": image_case,
-    "config": config_case,
-    "caption": caption_case,
-    "prompt": prompt_case,
-    "adapter": adapter_case,
-    "checkpoint": checkpoint_case,
-    "adapter again": adapter_case,
-    "config again": config_case,
+    "pictures": image_case,
+    "configs": config_case,
+    "captions": caption_case,
+    "prompts": prompt_case,
+    "adapters": adapter_case,
+    "checkpoints": checkpoint_case,
+    "base folders": base_case,
+    "concept lists": concepts_case,
+    "tables": table_case,
+    "shards": shard_case,
+    "runs to share": share_case,
 }
 
 
@@ -535,16 +663,32 @@ def too_long(number, frame):
     raise TimeoutError(f"ran for more than {LIMIT_S} s")
 
 
+NUMBERS = [(0, number) for number in range(USUAL)]
+NUMBERS += [
+    pytest.param(seed, number, marks=pytest.mark.slow)
+    for seed in range(SEEDS)
+    for number in range(USUAL if seed == 0 else 0, CASES)
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("number", range(CASES), ids=lambda number: f"case_{number}")
-def test_malformed_input_ends_in_one_line_or_is_handled(tmp_path, capsys, quick_base, trained, number):
-    rng = random.Random(f"{SEED}/{number}")
-    family = FAMILIES[list(FAMILIES)[number % len(FAMILIES)]]
+@pytest.mark.parametrize(
+    ("seed", "number"),
+    NUMBERS,
+    ids=[
+        f"seed_{n.values[0]}_case_{n.values[1]}" if hasattr(n, "values") else f"seed_{n[0]}_case_{n[1]}"
+        for n in NUMBERS
+    ],
+)
+def test_malformed_input_ends_in_one_line_or_is_handled(seed, number, tmp_path, capsys, made, record_property):
+    rng, kind = random.Random(f"{seed}/{number}"), list(FAMILIES)[number % len(FAMILIES)]
+    family = FAMILIES[kind]
     (tmp_path / "inputs").mkdir()
-    words = family(rng, tmp_path, trained) if family.__code__.co_argcount == 3 else family(rng, tmp_path)
-    command = main if words[0] in ("generate", "inspect") else train_main
-    run = tmp_path / "run" if family is not checkpoint_case else tmp_path / "inputs" / "run"
-    before, of_run = contents(tmp_path / "inputs"), contents(trained)
+    words = family(rng, tmp_path, made)
+    command = main if words[0] in ("generate", "inspect", "share") else train_main
+    in_place = {"checkpoints": "run", "runs to share": "run"}  # where the inputs are what is gone on with
+    run = tmp_path / "inputs" / in_place[kind] if kind in in_place else tmp_path / "run"
+    before, of_run = contents(tmp_path / "inputs"), contents(made.run)
     capsys.readouterr()
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LIMIT_S)
@@ -553,6 +697,7 @@ def test_malformed_input_ends_in_one_line_or_is_handled(tmp_path, capsys, quick_
     finally:
         signal.alarm(0)
     _, message = capsys.readouterr()
+    record_property("fuzzed", f"{kind}: exit {code}")
     print(words, code, message)  # for whoever looks at a failed case
     assert code in (0, 2)
     said = [line for line in message.splitlines() if not line.startswith("warning: ")]
@@ -567,5 +712,5 @@ def test_malformed_input_ends_in_one_line_or_is_handled(tmp_path, capsys, quick_
         assert run.exists()
         kept = {path: content for path, content in before.items() if run not in path.parents}
         assert kept.items() <= contents(tmp_path).items(), "an input was changed or removed"
-    assert contents(trained) == of_run
+    assert contents(made.run) == of_run
     assert leftovers(tmp_path) == []

@@ -18,7 +18,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sd_atoms import load_atoms
 from sd_atoms.cli import main, train_main
@@ -31,6 +32,7 @@ from sd_atoms.pipeline import hub as hub_module
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import SCORES, AdapterFile, CardImage, model_card
 from sd_atoms.sources import packaged_path, public_name
+from sd_atoms.training.adapter import open_adapter
 from sd_atoms.training.config import HubSettings
 
 TEMPLATES = ["photo of a {}."] + [f"The {{}} number {number}." for number in range(9)]
@@ -415,3 +417,24 @@ def test_ids_are_checked_before_the_hub_is_asked(run, hub, monkeypatch):
     assert hub.calls == ()
     odd = run.rename(run.parent / "my (2nd) --castle.")
     assert own_repo_id(odd) == "someone/my-2nd-castle"
+
+
+def test_a_checkpoint_is_shared_as_the_adapter_of_its_step(run, capsys):
+    assert main(["share", str(run / "checkpoints")]) == 0  # the last one is what the run ended with
+    assert read_artefact(run / "share").digest() == read_artefact(run / "adapter").digest()
+    assert "## Scores" in (run / "share" / "README.md").read_text()
+    last, earlier = (run / "checkpoints" / f"checkpoint-{step}.safetensors" for step in (2, 1))
+    with safe_open(last, "pt") as file:
+        about = file.metadata() | {"step": "1"}
+    save_file({key: value / 2 for key, value in load_file(last).items()}, earlier, about)
+    capsys.readouterr()
+    assert main(["share", str(earlier)]) == 0
+    assert "castle-1.safetensors" in capsys.readouterr().out
+    expected = open_adapter(str(earlier)).digest()
+    assert expected != read_artefact(run / "adapter").digest()
+    for place in (run / "share", run / "share" / "castle-1.safetensors"):
+        assert read_artefact(place).digest() == expected
+    card = (run / "share" / "README.md").read_text()
+    assert "castle-1.safetensors" in card
+    assert "## Scores" not in card  # those of the run are of another step
+    assert "## Pictures" not in card

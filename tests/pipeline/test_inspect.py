@@ -15,11 +15,11 @@ from sd_atoms.atoms import channel_change
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change
 from sd_atoms.cli import main
 from sd_atoms.errors import AtomsWarning
-from sd_atoms.methods.adapters import add_adapter
+from sd_atoms.methods.adapters import add_adapter, tuner_layers
 from sd_atoms.pipeline import read_artefact
 from sd_atoms.pipeline.architectures import SD_V1_4, build_unet
 from sd_atoms.pipeline.artefact import write_artefact
-from sd_atoms.pipeline.inspection import SETTINGS, inspect_adapter, inspect_architecture
+from sd_atoms.pipeline.inspection import SETTINGS, inspect_adapter, inspect_architecture, unet_change
 from sd_atoms.report.atoms import Change, atoms_figure
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.report.table import text_table
@@ -301,6 +301,22 @@ def test_another_base_is_told_by_its_distance(pipe, opened, tmp_path):
         result = inspect_adapter(file, "pocket")
     assert result["distance_to_base"] == pytest.approx(0.1, abs=0.02)
     assert "pocket (trained on some/base), weights 9" in adapter_text(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_far_below_the_rounding_of_the_base_is_measured(dtype):
+    unet = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3)).to(dtype)
+    add_adapter(unet, LoraConfig(r=2, target_modules=["0"]))
+    (layer,) = tuner_layers(unet).values()
+    before = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(std=1e-4)
+    up, down = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+    change = torch.einsum("or,rikl->oikl", up.flatten(1), down) * layer.scaling["default"]
+    assert unet_change(unet) == pytest.approx((change.norm() / before.float().norm()).item(), rel=0.02)
+    assert torch.equal(layer.base_layer.weight, before)
+    assert layer.base_layer.weight.dtype == dtype
+    assert unet_change(torch.nn.Conv2d(8, 8, 3)) is None
 
 
 # The command

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
-from helpers import train_config
+from helpers import CASTLE, train_config
 from safetensors import SafetensorError
 from torch import nn
 
@@ -33,6 +33,7 @@ from sd_atoms.training.optimiser import (
 from sd_atoms.training.run_folder import cut_log, read_log
 
 BASE = dict(pretrained_model_name_or_path="pocket", instance_data_dir="pocket:castle", instance_prompt="a castle")
+ROW = dict(**CASTLE, train_token_embedding=True)
 
 
 def scheduler(**kwargs):
@@ -178,9 +179,8 @@ def named():
 
 
 def test_every_kind_of_number_has_a_learning_rate_of_its_own():
-    config = train_config(
-        **BASE, learning_rate=1.0, beta_learning_rate=2.0, token_learning_rate=3.0, text_learning_rate=4.0
-    )
+    rates = dict(learning_rate=1.0, beta_learning_rate=2.0, token_learning_rate=3.0, text_learning_rate=4.0)
+    config = train_config(**CASTLE, **rates, m1=3, train_token_embedding=True, train_text_encoder=True)
     parameters = named()
     groups = parameter_groups(parameters, config.optimiser, config.method.chosen())
     found = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -189,7 +189,7 @@ def test_every_kind_of_number_has_a_learning_rate_of_its_own():
 
 @pytest.mark.parametrize("settings", [{}, dict(m1=3), dict(m=0, kc=2), dict(optimizer="prodigy")])
 def test_open_learning_rates_are_filled_in_and_set_ones_stay(settings):
-    config = with_defaults(train_config(**BASE, **settings, token_learning_rate=0.5))
+    config = with_defaults(train_config(**ROW, **settings, token_learning_rate=0.5))
     assert config.optimiser.token_learning_rate == 0.5
     rates = (config.optimiser.learning_rate, config.optimiser.beta_learning_rate, config.optimiser.text_learning_rate)
     assert all(rate is not None and rate > 0 for rate in rates)
@@ -197,7 +197,7 @@ def test_open_learning_rates_are_filled_in_and_set_ones_stay(settings):
 
 
 def test_optimisers_that_cannot_be_used_say_so(monkeypatch):
-    config = with_defaults(train_config(**BASE, optimizer="prodigy", token_learning_rate=0.5))
+    config = with_defaults(train_config(**ROW, optimizer="prodigy", token_learning_rate=0.5))
     with pytest.raises(UserError, match="prodigy takes one learning rate for all, got 0.5, 1.0"):
         make_optimizer(parameter_groups(named(), config.optimiser, config.method.chosen()), config.optimiser)
     config = train_config(**BASE, optimizer="adamw8bit", learning_rate=1.0)
@@ -241,6 +241,20 @@ def test_other_values_are_taken_back_whatever_happens():
         (dict(prior="teacher"), "class_prompt is required with prior=teacher"),
         (dict(prior="images", class_prompt="a"), "class_data_dir is required with prior=images"),
         (dict(class_prompt="a"), "class_prompt and class_data_dir need a prior"),
+        (dict(prior="teacher", class_prompt="a", class_data_dir="d"), "class_data_dir needs prior=images"),
+        (
+            dict(prior="teacher", class_prompt="a", class_prompts_file="f"),
+            "class_prompts_file stands in place of class_prompt",
+        ),
+        (
+            dict(captions=True, instance_prompts_file="t", initializer_token="a"),
+            "captions stand in place of instance_prompts_file",
+        ),
+        (dict(initializer_token="castle"), "initializer_token needs a placeholder_token, or templates"),
+        (
+            dict(instance_data_dir=None, instance_prompt=None, concepts=(Concept("d", "a", class_prompt="a"),)),
+            "class_prompt and class_data_dir need a prior",
+        ),
         (dict(keep="best"), "keep=best needs validation_loss_steps"),
         (dict(holdout_images=1), "holdout_images needs validation_loss_steps"),
         (dict(dataset_name="x"), "dataset_name stands in place of instance_data_dir"),

@@ -22,6 +22,7 @@ from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import load_atoms, open_base
+from sd_atoms.pipeline.inspection import inspect_adapter
 from sd_atoms.settings import replaced
 from sd_atoms.sources import packaged_path
 from sd_atoms.training import examples, latents
@@ -328,13 +329,17 @@ def test_dropped_captions_are_seen_as_the_empty_prompt(pocket):
     assert 30 < sum(sample.prompt == dataset.empty for sample in drawn) < 70
 
 
-def test_validation_loss_is_deterministic_and_takes_nothing_from_training(tmp_path):
+def test_validation_loss_is_deterministic_and_takes_nothing_from_training(tmp_path, capsys):
     plain = run(tmp_path / "plain")
     measured = run(tmp_path / "measured", validation_loss_steps=1)
     assert same(numbers(plain), numbers(measured))
     again = run(tmp_path / "again", validation_loss_steps=2, gradient_checkpointing=True)
     losses = [entry["validation_loss"] for entry in log(measured)]
     assert losses[1] == log(again)[1]["validation_loss"]
+    change = inspect_adapter(measured)["relative_change"]
+    told = json.loads((measured / "metrics.json").read_text())["training"]["relative_change"]
+    assert (log(measured)[1]["relative_change"], told) == pytest.approx((change, change), rel=1e-4)
+    assert f"|ΔF|/|F| = {change:.1%}" in capsys.readouterr().out
     assert "validation_loss" not in log(again)[0]
 
 
