@@ -17,6 +17,7 @@ import yaml
 
 from sd_atoms.commands import train
 from sd_atoms.errors import UserError
+from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
 from sd_atoms.jobs.drawing import draw_run, score_drawn
 from sd_atoms.jobs.experiment import PRETRAINED, Experiment, Plan, Run, chosen_rate, read_plan
@@ -115,6 +116,8 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
     """The results of an experiment and the folder of its report; raises as `compare` does."""
     plan = read_plan(file, flags)
     slots = working.queue.slots()
+    for name in plan.networks:
+        open_network(name)  # one that is not there is said now, not after a training
     check_folders(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():

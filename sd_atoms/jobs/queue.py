@@ -256,10 +256,10 @@ def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Asks them to stop as Ctrl-C does, and waits; a second Ctrl-C ends them at once."""
+    """Asks them to stop, by SIGTERM since a background job may ignore Ctrl-C, and waits; a second one ends them."""
     try:
         for process in processes:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         if processes:
             print(f"Stopping {len(processes)} runs after their step; again to stop at once", file=sys.stderr)
         for process in processes:

@@ -227,6 +227,10 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
     assert "'castle/dora/seed-0' is none of this experiment's" in capsys.readouterr().err
     assert main(["compare", path, "--metrics", "beauty"]) == 2
     assert "metrics: 'beauty'" in capsys.readouterr().err
+    words = ["compare", path, "--networks", "nowhere/none", "--output_dir", str(plan.folder.parent / "new")]
+    assert main(words) == 2
+    assert "nowhere/none" in capsys.readouterr().err
+    assert not (plan.folder.parent / "new").exists()  # said before a training
 
 
 def test_the_interval_of_a_mean_is_the_wider_of_images_and_seeds():

@@ -111,9 +111,11 @@ def test_a_killed_job_is_free_at_once(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_queue_takes_its_jobs_with_it_and_goes_on_later(tmp_path, number):
     script = f"""
+import signal
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from test_queue import job, run_jobs, Slot
 folder = Path({str(tmp_path)!r})
 run_jobs([job(folder, "long", seconds=60)], folder / "queue", [Slot()])
