@@ -76,7 +76,7 @@ def forget_accelerate():
 
 def pytest_terminal_summary(terminalreporter):
     """How many malformed inputs of each kind were tried, and how they ended."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
+    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", "") == "call"]
     told = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "fuzzed"]
     for kind, count in sorted(Counter(told).items()):
         terminalreporter.write_line(f"malformed {kind}: {count}")

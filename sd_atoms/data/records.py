@@ -1,6 +1,7 @@
 """Training pictures from a folder or a table of `datasets`: what they are called, their captions, how to read them."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +137,8 @@ def _load(name: str, config: str | None, split: str, revision: str | None):
         import datasets
     except ImportError as error:
         raise UserError(f'{name}: tables of pictures need `pip install "sd-atoms[datasets]"`') from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # in a log they are lines without end
     try:
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             if config is not None:

@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_path, resolve_source
@@ -52,20 +53,35 @@ def open_base(
         lacking = [part for part in PARTS if os.path.isdir(source) and not os.path.isdir(os.path.join(source, part))]
         if lacking:  # of a tokenizer, the library makes an empty one without a word
             raise UserError(f"{name}: it lacks {', '.join(f'{part}/' for part in lacking)}; copy it from its original")
+        how = dict(revision=revision, variant=variant, dtype=dtype, use_safetensors=True)
+        # by itself, since of what its file lacks the library makes random numbers and says so in a log alone
+        text_encoder, found = CLIPTextModel.from_pretrained(
+            source, subfolder="text_encoder", output_loading_info=True, **how
+        )
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise UserError(f"{name}: the weights in text_encoder/ lack {len(missing)} tensors ({missing[0]})")
         pipe = StableDiffusionPipeline.from_pretrained(
             source,
-            revision=revision,
-            variant=variant,
-            dtype=dtype,
-            use_safetensors=True,
+            text_encoder=text_encoder,
+            **how,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError, TypeError, OverflowError) as error:
+        pipe.to(device)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever they trip over in a broken file
         raise UserError(f"{name}: {_reason(source, variant, error)}") from error
+    read, taken = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
+    if not 0 < read <= taken:
+        raise UserError(
+            f"{name}: its tokenizer reads {read} tokens, its text encoder takes {taken}; set model_max_length in "
+            "tokenizer/tokenizer_config.json"
+        )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def quiet_unless_terminal() -> None:
