@@ -6,6 +6,7 @@ several that share the folder, the work is divided.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
 from sd_atoms.jobs.drawing import draw_run, score_drawn
-from sd_atoms.jobs.experiment import PRETRAINED, Experiment, Plan, Run, chosen_rate, read_plan
-from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, run_jobs, status_text
+from sd_atoms.jobs.experiment import FORCED, PRETRAINED, Experiment, Plan, Run, chosen_rate, read_plan
+from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
 from sd_atoms.jobs.results import (
     QUEUE,
     SCORES,
+    check_rates_settled,
     check_same,
+    check_scored_as_planned,
     collected,
     judges,
     merge_from,
@@ -70,14 +73,21 @@ def run(arguments: argparse.Namespace) -> None:
     file = flags.pop("file")
     working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
     if not (working.run or working.dry_run or working.queue.status):
-        print(report_text(*work_through(file, flags, working)))
+        results, folder = work_through(file, flags, working)
+        print(report_text(results, folder))
+        if results["failed"]:
+            raise SystemExit(1)
         return
     plan = read_plan(file, flags)
     if working.run is not None:
         try:
             do_run(plan, plan.named(working.run))
         except Taken:
+            print(f"{working.run}: another process works at it", file=sys.stderr)
             raise SystemExit(TAKEN) from None
+        except UserError as error:
+            note_failure(plan.folder / QUEUE, working.run, str(error))
+            raise
     elif working.dry_run:
         print(plan_text(plan))
     else:
@@ -115,15 +125,17 @@ def compare(
 def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple[dict[str, Any], Path]:
     """The results of an experiment and the folder of its report; raises as `compare` does."""
     plan = read_plan(file, flags)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("compare starts its runs itself; start it without accelerate launch")
     slots = working.queue.slots()
-    for name in plan.networks:
-        open_network(name)  # one that is not there is said now, not after a training
+    check_networks(plan)  # what is not there is said now, not after a training
     check_folders(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():
             merge_from(plan, Path(folder.strip()))
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
     failed = run_jobs(jobs_of(plan, file, flags), plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
+    check_folders(read_plan(file, flags))  # somebody may have changed the file meanwhile
     comparison = comparison_of(plan, failed)
     if not comparison.runs:
         raise UserError(f"{plan.folder}: no run could be finished; the first: {next(iter(failed.values()))}")
@@ -143,6 +155,7 @@ def do_run(plan: Plan, run: Run) -> None:
         if (folder / SCORES).exists():
             return
         started = time.monotonic()
+        check_rates_settled(plan, run)
         rate = chosen_rate(plan, run, lambda other: selection_score(plan, other))
         config = with_defaults(plan.config(run, rate))
         if run.stage != PRETRAINED:
@@ -158,8 +171,31 @@ def do_run(plan: Plan, run: Run) -> None:
 
 def jobs_of(plan: Plan, file: str, flags: Mapping[str, Any]) -> list[Job]:
     """Every run as a process of its own."""
-    words = [sys.executable, "-m", "sd_atoms", "compare", file, *(f"--{name}={flags[name]}" for name in flags)]
-    return [Job(run.name, plan.run_folder(run) / SCORES, (*words, "--run", run.name), run.needs) for run in plan.runs]
+    words = [
+        sys.executable,
+        "-m",
+        "sd_atoms",
+        "compare",
+        file,
+        *(f"--{name}={_word(flags[name])}" for name in flags if flags[name] is not None),
+    ]
+    return [
+        Job(run.name, plan.run_folder(run) / SCORES, (*words, f"--run={run.name}"), run.needs, run.rate_runs)
+        for run in plan.runs
+    ]
+
+
+def check_networks(plan: Plan) -> None:
+    """Opens every network of an experiment once.
+
+    Raises:
+        UserError: one cannot be opened, or none that is to judge the text knows texts.
+    """
+    knowing = [name for name in plan.networks if open_network(name).of_texts is not None]
+    if plan.experiment.text is not None and plan.experiment.text not in knowing:
+        raise UserError(f"text: {plan.experiment.text!r} knows no texts; a CLIP does")
+    if plan.rates is not None and not knowing:
+        raise UserError(f"networks: rates are chosen by text too, and none of {', '.join(plan.networks)} knows texts")
 
 
 def check_folders(plan: Plan) -> None:
@@ -176,6 +212,7 @@ def check_folders(plan: Plan) -> None:
         if run.stage != PRETRAINED:
             # the rate that a run was given is settled when it begins
             check_same(with_defaults(plan.config(run)), plan.run_folder(run), bool(run.rate_runs))
+    check_scored_as_planned(plan)
 
 
 def comparison_of(plan: Plan, failed: Mapping[str, str]) -> Comparison:
@@ -236,8 +273,11 @@ def _picture_count(plan: Plan, run: Run) -> int:
 def experiment_yaml(plan: Plan) -> str:
     """The experiment with everything filled in, for the record."""
     rates = vars(plan.rates) if plan.rates else None
+    concepts = {
+        name: {key: value for key, value in own.items() if key not in FORCED} for name, own in plan.concepts.items()
+    }
     parts = {
-        "concepts": plan.concepts,
+        "concepts": concepts,
         "methods": plan.methods,
         "rates": rates and {k: _plain(v) for k, v in rates.items()},
     }
@@ -247,6 +287,10 @@ def experiment_yaml(plan: Plan) -> str:
         allow_unicode=True,
         width=119,
     )
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
-from sd_atoms.jobs.queue import Job, QueueSettings, failure_of, run_jobs, status_text
+from sd_atoms.jobs.queue import Job, QueueSettings, failure_of, lock_of, run_jobs, status_text
 from sd_atoms.report.sweep import SCORE_FORMULA, Entry, harmonic_mean, in_order, show, sweep_figure, sweep_markdown
 from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
@@ -31,7 +31,7 @@ NOT_VARIED = (
     "hub_model_id",
     "hub_private_repo",
 )
-LONGEST_NAME = 255  # bytes, of a folder on usual disks
+LONGEST_NAME = 200  # bytes, of a folder; usual disks have 255, and files beside it are called longer
 UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
 
 
@@ -191,7 +191,17 @@ def job_of(point: Point) -> Job:
     """A point as a process of its own, which goes on from its checkpoint if it has one."""
     run = Path(point.config.output.output_dir)
     again = ["--overwrite"] if point.config.output.overwrite else ["--resume_from_checkpoint", "latest"]
-    words = [sys.executable, "-m", "sd_atoms", "train", "--config", str(_settings_path(point)), *again]
+    lock = str(lock_of(run.parent / QUEUE, point.name))
+    words = [
+        sys.executable,
+        "-m",
+        "sd_atoms.jobs.locked",
+        lock,
+        "train",
+        "--config",
+        str(_settings_path(point)),
+        *again,
+    ]
     return Job(point.name, run / METRICS, tuple(words))
 
 
@@ -202,7 +212,7 @@ def entries_of(points: Sequence[Point], folder: Path) -> list[Entry]:
         job = job_of(point)
         if job.done.exists():
             entries.append(read_entry(point))
-        elif failure := failure_of(job, folder / QUEUE):
+        elif failure := failure_of(folder / QUEUE, point.name):
             entries.append(Entry(point.name, point.values, failure=failure))
     return entries
 

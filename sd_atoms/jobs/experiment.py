@@ -25,7 +25,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import GROUPS
 from sd_atoms.methods import get_method
 from sd_atoms.settings import fields_of, read_config, resolve, setting, shown
-from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.config import MethodSettings, OptimiserSettings, TextSettings, TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 
 WHAT, SCORES, PAGE = "what is compared", "how it is scored", "pictures of the report"
@@ -36,6 +36,8 @@ FORCED |= dict(clip_model_name_or_path=None, validation_prompt=None, push_to_hub
 NOT_OF_RUNS = (*FORCED, "output_dir", "strict_resume", "hub_private_repo", "concepts", "seed")
 PRETRAINED = "pretrained"
 UNSAFE = re.compile(r"[^\w.+-]+")  # in the name of a folder
+# what a method may bring of its own; all else would make runs that are not alike
+OF_METHODS = {*fields_of(MethodSettings), *fields_of(OptimiserSettings), *fields_of(TextSettings)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Experiment:
     )
 
     prompts_file: str = setting("few_shot", SCORES, "templates with {}, as for sd-atoms generate", file=True)
-    images_per_prompt: int = setting(1, SCORES, "pictures of each prompt, of seeds 0, 1, …", low=1, high=1000)
+    images_per_prompt: int = setting(
+        1, SCORES, "pictures of each prompt; picture j of prompt n has seed 1000·j + n", low=1, high=1000
+    )
     unrelated_prompts_file: str | None = setting(
         None, SCORES, "prompts about other things, which an adapter should leave alone; none = no drift", file=True
     )
@@ -87,7 +91,7 @@ class Run:
     """One run of an experiment.
 
     stage: pretrained, rate or scored. values: its settings, without a learning rate that is still to be chosen.
-    rate_runs: names of those that choose it.
+    needs: runs that must be done before. rate_runs: those that choose its rate, so far as they can be done.
     """
 
     name: str
@@ -271,7 +275,7 @@ def _runs(
         choosing += own
         for concept, seed in itertools.product(concepts, seeds):
             name = f"{_safe(concept)}/{_safe(label)}/seed-{seed}"
-            needs = (f"{_safe(concept)}/{PRETRAINED}", *names)
+            needs = (f"{_safe(concept)}/{PRETRAINED}",)
             scored.append(Run(name, "scored", concept, label, seed, concepts[concept] | of_method, needs, names))
     runs = [*first, *choosing, *scored]
     names = [run.name.lower() for run in runs]
@@ -281,16 +285,19 @@ def _runs(
 
 def _resolved(path: str, entries: Mapping[str, Any], flags: Mapping[str, Any]) -> Experiment:
     """The scalar settings; lists in the file stand for commas."""
-    listed = {
-        name: ",".join(map(str, value)) if isinstance(value, list) else str(value) if _is_number(value) else value
-        for name, value in entries.items()
-        if name in ("seeds", "networks", "metrics", "scales", "shown_prompts")
-    }
+    entries = dict(entries)
     for name in ("prompts_file", "unrelated_prompts_file"):
         if isinstance(entries.get(name), str):
-            listed[name] = _beside(path, entries[name])
+            entries[name] = _beside(path, entries[name])
+    given = {**entries, **{name: value for name, value in flags.items() if value is not None}}
+    listed = {
+        name: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for name, value in given.items()
+        if name in ("seeds", "networks", "metrics", "scales", "shown_prompts")
+        and (isinstance(value, (list, tuple)) or _is_number(value))
+    }
     try:
-        return resolve(Experiment, {**entries, **listed, **flags})
+        return resolve(Experiment, {**given, **listed})
     except UserError as error:
         raise UserError(f"{path}: {str(error).replace('--', '')}") from error
 
@@ -302,16 +309,29 @@ def _is_number(value: Any) -> bool:
 def _of_concept(path: str, name: str, shared: Mapping[str, Any], values: Any) -> dict[str, Any]:
     """Settings of a concept's runs: of the file that its `config` names, of all runs, its own; later ones win."""
     own = _checked(path, f"concepts.{name}", values)
-    file = own.pop("config", None)
-    from_file = {} if file is None else read_config(_beside(path, str(file)))
-    idle = [name for name, (_, field) in fields_of(TrainConfig).items() if FORCED.keys() & field.metadata["needs"]]
-    from_file = {name: value for name, value in from_file.items() if name not in idle}
-    return {"report_to": "none"} | from_file | _checked(path, "settings", shared) | own | FORCED
+    file, from_file = own.pop("config", None), {}
+    if file is not None:
+        file = _beside(path, str(file))
+        from_file = read_config(file)
+        if "concepts" in from_file:
+            raise UserError(f"{path}: concepts.{name}: {file} has several; name one for each here")
+        idle = [key for key, (_, field) in fields_of(TrainConfig).items() if FORCED.keys() & field.metadata["needs"]]
+        from_file = {key: value for key, value in _with_files(file, from_file).items() if key not in idle}
+    values = {"report_to": "none"} | from_file | _checked(path, "settings", shared) | own | FORCED
+    if "learning_rate" in values:
+        raise UserError(f"{path}: concepts.{name}: learning_rate: each method has its own, under methods or by rates")
+    return values
 
 
 def _of_method(path: str, label: str, values: Any) -> dict[str, Any]:
     """Settings of a method; without `method` or `peft_config` it is the one called like its label."""
     own = _checked(path, f"methods.{label}", {} if values is None else values)
+    known = fields_of(TrainConfig)
+    foreign = [name for name in own if name in known and name not in OF_METHODS]
+    if foreign:
+        raise UserError(f"{path}: methods.{label}: {', '.join(foreign)}: goes under settings, alike for all methods")
+    if _safe(label) == PRETRAINED:
+        raise UserError(f"{path}: methods.{label}: is what the base's own row is called; choose another name")
     return own if "peft_config" in own else {"method": label} | own
 
 
@@ -322,6 +342,11 @@ def _checked(path: str, where: str, values: Any) -> dict[str, Any]:
     decided = [str(name) for name in values if name in NOT_OF_RUNS]
     if decided:
         raise UserError(f"{path}: {where}: {', '.join(decided)}: the experiment decides it for all runs")
+    return _with_files(path, values)
+
+
+def _with_files(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, files named from where another lies."""
     files = {name for name, (_, field) in fields_of(TrainConfig).items() if field.metadata["file"]}
     return {
         name: _beside(path, value) if name in files and isinstance(value, str) else value
@@ -350,7 +375,9 @@ def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, 
         raise UserError(f"{path}: {'; '.join(problems)}")
     seeds = entries.get("seeds", 100)
     seeds = parse_seeds(",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds))
-    return Rates(tuple(factors), tuple(chosen), tuple(seeds), entries.get("prompts_file", "tuning"))
+    return Rates(
+        tuple(factors), tuple(chosen), tuple(seeds), _beside(path, str(entries.get("prompts_file", "tuning")))
+    )
 
 
 def _wrong_in(plan: Plan) -> list[str]:
@@ -358,6 +385,10 @@ def _wrong_in(plan: Plan) -> list[str]:
     experiment, problems = plan.experiment, []
     unknown = [name.strip() for name in experiment.metrics.split(",") if name.strip() not in GROUPS]
     problems += [f"metrics: {name!r}: of {', '.join(GROUPS)}, with commas between" for name in unknown]
+    if not plan.networks:
+        problems.append("networks: one or more are needed")
+    if plan.rates is not None and not {"subject", "text"} <= {name.strip() for name in experiment.metrics.split(",")}:
+        problems.append("metrics: rates are chosen by subject and text")
     for name in ("fidelity", "text"):
         own = getattr(experiment, name)
         if own is not None and own not in plan.networks:
@@ -397,4 +428,4 @@ def _short(rate: float) -> float:
 
 
 def _safe(label: str) -> str:
-    return UNSAFE.sub("_", label).strip("_") or "_"
+    return UNSAFE.sub("_", label).strip("._-") or "_"

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sd_atoms.errors import UserError
+from sd_atoms.files import write_text
 from sd_atoms.progress import progress_bar
 from sd_atoms.settings import setting
 
@@ -33,14 +34,15 @@ LAST_BYTES = 4000  # of a log
 class Job:
     """One piece of work.
 
-    name: names its log and lock, may hold slashes. done: the file that it ends with. command: its process. needs: jobs
-    that must be done before.
+    name: names its log and lock, may hold slashes. done: the file that it ends with. command: its process, which must
+    hold its lock. needs: jobs that must be done before. after: those that must have ended, done or failed.
     """
 
     name: str
     done: Path
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Slot:
         """What a job's process is told of its place."""
         if self.device == "cpu":
             return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        return {"CUDA_VISIBLE_DEVICES": self.device.removeprefix("cuda:")} if self.device else {}
+        if not self.device:
+            return {}
+        number = int(self.device.removeprefix("cuda:"))
+        ours = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return {"CUDA_VISIBLE_DEVICES": ours[number] if number < len(ours) else str(number)}
 
 
 def make_slots(jobs: int, devices: str, threads: int | None) -> list[Slot]:
@@ -110,39 +116,47 @@ def held(folder: Path, name: str) -> Iterator[None]:
     Raises:
         Taken: another process does.
     """
-    path = _beside(folder, name, ".lock")
+    path = lock_of(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        with FileLock(path, timeout=0):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise Taken(name) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_of(folder: Path, name: str) -> Path:
+    """The lock of a job."""
+    return _beside(folder, name, ".lock")
 
 
 def state_of(job: Job, folder: Path) -> str:
     """done, running, failed or waiting; failed: it ended with an error and was not begun again."""
     if job.done.exists():
         return "done"
-    path = _beside(folder, job.name, ".lock")
+    path = lock_of(folder, job.name)
     if path.exists():
         try:
             with FileLock(path, timeout=0):
                 pass
         except Timeout:
             return "running"
-    return "failed" if failure_of(job, folder) else "waiting"
+    return "failed" if failure_of(folder, job.name) else "waiting"
 
 
-def failure_of(job: Job, folder: Path) -> str:
-    """What the log of a job says of its failure in its last line; empty where it says nothing."""
-    path = log_of(job, folder)
-    if not path.exists():
-        return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LAST_BYTES))
-        lines = file.read().decode("utf-8", "replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    return last.removeprefix("error: ") if last.startswith("error: ") or "Error" in last.split(":")[0] else ""
+def failure_of(folder: Path, name: str) -> str:
+    """Why a job failed the last time; empty where it did not, or was begun again since."""
+    path = _beside(folder, name, ".failed")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def note_failure(folder: Path, name: str, why: str) -> None:
+    """Leaves word of a failure for `failure_of`."""
+    write_text(_beside(folder, name, ".failed"), why)
 
 
 def log_of(job: Job, folder: Path) -> Path:
@@ -153,7 +167,7 @@ def log_of(job: Job, folder: Path) -> Path:
 def run_jobs(
     jobs: Sequence[Job], folder: Path, slots: Sequence[Slot], told: Callable[[str], None] = print
 ) -> dict[str, str]:
-    """Works until every job is done or has failed, beside whatever other queues do.
+    """Works until every job is done or has failed, beside other queues; what failed elsewhere is tried once here.
 
     Args:
         jobs: a job comes after those that it needs, whatever their order.
@@ -172,28 +186,44 @@ def run_jobs(
     finished = {job.name for job in jobs if job.done.exists()}
     with _interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(finished)) as bar:
         try:
-            while len(finished) + len(failed) < len(jobs):
+            while True:
                 _collect(running, folder, failed, told)
                 ended = {job.name for job in jobs if job.name not in finished and job.done.exists()}
                 finished |= ended
                 if ended:
                     bar.update(len(ended))
+                # what failed here may have been done by another queue since
+                failed = {name: why for name, why in failed.items() if name not in finished}
+                lost = _lost(jobs, finished, failed)
                 at_work = {job.name for job, _, _ in running.values()}
-                for job in jobs:
-                    if job.name in finished or job.name in failed or job.name in at_work:
-                        continue
-                    lost = [name for name in job.needs if name in failed]
+                left = [job for job in jobs if job.name not in finished | failed.keys() | lost.keys() | at_work]
+                if not left and not running:
+                    return failed | lost
+                for job in left:
                     free = set(range(len(slots))) - running.keys()
-                    if lost:
-                        failed[job.name] = f"it needs {lost[0]}, which failed"
+                    ready = set(job.needs) <= finished and set(job.after) <= finished | failed.keys() | lost.keys()
                     # one that runs here already is another queue's
-                    elif free and set(job.needs) <= finished and state_of(job, folder) != "running":
+                    if free and ready and state_of(job, folder) != "running":
                         running[min(free)] = (job, _start(job, folder, slots[min(free)]), time.monotonic())
                 time.sleep(POLL_SECONDS)
         except BaseException:
             _stop([process for _, process, _ in running.values()])
             raise
-    return failed
+
+
+def _lost(jobs: Sequence[Job], finished: set[str], failed: dict[str, str]) -> dict[str, str]:
+    """name -> why it cannot be done, of jobs that need one that failed, directly or not."""
+    lost: dict[str, str] = {}
+    while True:
+        more = {
+            job.name: f"it needs {missing[0]}, which failed"
+            for job in jobs
+            if job.name not in finished | lost.keys()
+            and (missing := [name for name in job.needs if name in failed or name in lost])
+        }
+        if not more:
+            return lost
+        lost |= more
 
 
 def status_text(jobs: Sequence[Job], folder: Path, seconds_of: Callable[[Job], float | None], step_of) -> str:
@@ -211,7 +241,7 @@ def status_text(jobs: Sequence[Job], folder: Path, seconds_of: Callable[[Job], f
         for kind in ("done", "running", "waiting", "failed")
     ]
     lines += [f"running: {job.name} {step_of(job)}".rstrip() for job in jobs if states[job.name] == "running"]
-    lines += [f"failed:  {job.name}: {failure_of(job, folder)}" for job in jobs if states[job.name] == "failed"]
+    lines += [f"failed:  {job.name}: {failure_of(folder, job.name)}" for job in jobs if states[job.name] == "failed"]
     known = [seconds for job in jobs if states[job.name] == "done" and (seconds := seconds_of(job)) is not None]
     left = [name for name, state in states.items() if state in ("running", "waiting")]
     if known and left:
@@ -230,13 +260,17 @@ def _collect(running: dict, folder: Path, failed: dict[str, str], told: Callable
         if job.done.exists():
             told(f"{job.name}: done in {_duration(time.monotonic() - started)}")
         elif code != TAKEN:
-            failed[job.name] = failure_of(job, folder) or f"it ended with code {code}, see {log_of(job, folder)}"
+            failed[job.name] = (
+                _last_error(log_of(job, folder)) or f"it ended with code {code}, see {log_of(job, folder)}"
+            )
+            note_failure(folder, job.name, failed[job.name])
             told(f"{job.name}: failed: {failed[job.name]}")
 
 
 def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
     path = log_of(job, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _beside(folder, job.name, ".failed").unlink(missing_ok=True)
     with open(path, "ab") as log:
         log.write(f"$ {shlex.join(job.command)}\n".encode())
         log.flush()
@@ -253,6 +287,16 @@ def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.sched_setaffinity(process.pid, slot.cores)
     return process
+
+
+def _last_error(path: Path) -> str:
+    """What a log says of a failure since its job was begun: the line of an error, or the last one of a traceback."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        text = file.read().decode("utf-8", "replace").rpartition("\n$ ")[2]
+    lines = [line for line in text.split("\n") if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return told[-1] if told else lines[-1] if lines and re.match(r"[\w.]*Error\b", lines[-1]) else ""
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
 from sd_atoms.jobs.experiment import PRETRAINED, Plan, Run
-from sd_atoms.jobs.queue import held
+from sd_atoms.jobs.queue import failure_of, held
 from sd_atoms.report.rows import selection
 from sd_atoms.settings import read_yaml
 from sd_atoms.training.config import TrainConfig
@@ -57,7 +57,11 @@ def check_same(config: TrainConfig, folder: Path, any_rate: bool = False) -> Non
     Raises:
         UserError: the folder holds one.
     """
-    free = {"output_dir", "strict_resume", "resolution", "cache_dir", *(("learning_rate",) if any_rate else ())}
+    free = {"output_dir", "strict_resume", "resolution", "cache_dir"}
+    if any_rate:
+        free |= {"learning_rate"} | (
+            {"token_learning_rate"} if config.method.chosen().main_kinds == ("row",) else set()
+        )
     if config.method.budget is not None:
         free |= {"budget", *config.method.chosen().settings}  # chosen anew, the same for the same base
     changed = changed_settings(config, folder / CONFIG, free) if (folder / CONFIG).exists() else []
@@ -65,6 +69,46 @@ def check_same(config: TrainConfig, folder: Path, any_rate: bool = False) -> Non
         raise UserError(
             f"{folder}: holds a run of other settings ({'; '.join(changed)}); remove it, or name another output_dir"
         )
+
+
+def check_scored_as_planned(plan: Plan) -> None:
+    """Refuses finished runs whose pictures or scores are other ones than the experiment now asks for.
+
+    Raises:
+        UserError: there are such.
+    """
+    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
+    for run in plan.runs:
+        path = plan.run_folder(run) / SCORES
+        if not path.exists():
+            continue
+        by = read_scores(path)["scored_by"]
+        wanted = {
+            "prompts": list(plan.tuning if run.stage == "rate" else plan.prompts),
+            "unrelated": [] if run.stage == "rate" else list(plan.unrelated),
+            "images_per_prompt": plan.experiment.images_per_prompt,
+            "metrics": groups,
+        }
+        changed = [name for name, value in wanted.items() if by.get(name) != value]
+        changed += ["networks"] if list(by.get("networks", ())) != plan.networks else []
+        if changed:
+            raise UserError(
+                f"{path}: was drawn or scored with other {', '.join(changed)}; remove it and {DRAWN}/ beside it to do "
+                "that anew, or name another output_dir"
+            )
+
+
+def check_rates_settled(plan: Plan, run: Run) -> None:
+    """Refuses to choose a rate while runs that choose it are still to be done.
+
+    Raises:
+        UserError: so it is, or what the run needs is not done.
+    """
+    for name in (*run.needs, *run.rate_runs):
+        if not (plan.run_folder(plan.named(name)) / SCORES).exists() and (
+            name in run.needs or not failure_of(plan.folder / QUEUE, name)
+        ):
+            raise UserError(f"{run.name}: needs {name}, which is not done; run that first")
 
 
 def check_scored_alike(paths: Sequence[Path]) -> None:
@@ -97,8 +141,10 @@ def merge_from(plan: Plan, other: Path) -> None:
         source, folder = other / "runs" / run.name, plan.run_folder(run)
         if run.stage != PRETRAINED:
             check_same(with_defaults(plan.config(run)), source, bool(run.rate_runs))
-        if not (folder / SCORES).exists():
-            with held(plan.folder / QUEUE, run.name):
+        if (folder / SCORES).exists():
+            continue
+        with held(plan.folder / QUEUE, run.name):
+            if not (folder / SCORES).exists():
                 shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SCORES))
                 write_json(folder / SCORES, read_scores(source / SCORES))  # last: it says that the run is whole
 
@@ -111,6 +157,15 @@ def collected(plan: Plan) -> list[dict[str, Any]]:
     """
     done = [run for run in plan.runs if (plan.run_folder(run) / SCORES).exists()]
     check_scored_alike([plan.run_folder(run) / SCORES for run in done])
+    rates: dict[str, tuple[str, float]] = {}
+    for run in done:
+        if run.stage == "scored":
+            rate = read_scores(plan.run_folder(run) / SCORES)["learning_rate"]
+            other, known = rates.setdefault(run.method, (run.name, rate))
+            if known != rate:
+                raise UserError(
+                    f"{run.name} was trained at a rate of {rate:g}, {other} at {known:g}; remove one of them"
+                )
     found = []
     for run in done:
         folder = plan.run_folder(run)

@@ -76,7 +76,7 @@ def comparison_markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
             for row in differing
         ]
         parts.append(table(["concept", "method", "fidelity", "text"], cells, right=[False, False, True, True]))
-        parts.append("An interval that holds 0 tells no difference.")
+        parts.append("The intervals are over prompts; what another seed of training would change is not in them.")
     if comparison.rate_runs:
         parts += ["## Rates that were tried, on other seeds and prompts", _rates_table(comparison)]
     if comparison.failed:

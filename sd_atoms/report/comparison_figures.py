@@ -30,6 +30,7 @@ def pareto_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure | None:
     colours = _colours(comparison)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, key, log) in zip(all_axes, panels, strict=True):
+        labelled = set()
         for row in rows:
             point = _point(row, key)
             if point is None:
@@ -46,8 +47,9 @@ def pareto_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure | None:
                 markersize=6,
                 linewidth=0.8,
                 linestyle="none",
-                label=row.method if number == 0 else None,
+                label=None if row.method in labelled else row.method,
             )
+            labelled.add(row.method)
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(label, fontsize=9)

@@ -25,7 +25,10 @@ def write_page(comparison: Comparison, rows: Sequence[Row], folder: Path) -> Non
         files("sd_atoms.report").joinpath("page.html").read_text(encoding="utf-8"), autoescape=True
     )
     page = template.render(
-        title=f"Comparison on {comparison.base}", sentence=first_sentence(comparison, rows), data=in_script(data)
+        title=f"Comparison on {comparison.base}",
+        sentence=first_sentence(comparison, rows),
+        data=in_script(data),
+        failed=comparison.failed,
     )
     write_text(folder / "plotly.min.js", get_plotlyjs())
     write_text(folder / "index.html", page)

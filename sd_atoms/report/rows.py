@@ -121,20 +121,25 @@ def selection(image: float, text: float) -> float:
 def mean_of(figures: Sequence[Mapping[str, Any]]) -> tuple[float, float | None, float | None]:
     """The mean of a figure over runs with its interval (95 %).
 
-    Its standard error is the larger of two: what the runs' own intervals say (other images), and how far the runs lie
-    apart (other seeds).
+    The wider one of two: the mean of the runs' own (other images of the same prompts, which all runs share), and how
+    far the runs lie apart (other seeds of training, by Student's t).
     """
     values = np.array([figure["value"] for figure in figures], dtype=float)
     mean, count = float(values.mean()), len(values)
-    errors = []
+    halves = []
     if all(figure["low"] is not None for figure in figures):
-        own = np.array([(figure["high"] - figure["low"]) / (2 * 1.96) for figure in figures])
-        errors.append(float(np.sqrt((own**2).sum()) / count))
+        halves.append(sum((figure["high"] - figure["low"]) / 2 for figure in figures) / count)
     if count > 1:
-        errors.append(float(values.std(ddof=1) / np.sqrt(count)))
-    if not errors:
+        halves.append(student_t(count - 1) * float(values.std(ddof=1) / np.sqrt(count)))
+    if not halves:
         return mean, None, None
-    return mean, mean - 1.96 * max(errors), mean + 1.96 * max(errors)
+    return mean, mean - max(halves), mean + max(halves)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution."""
+    known = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    return known[freedom - 1] if freedom <= len(known) else 1.96 + 2.4 / freedom  # to within 1 %
 
 
 def paired(

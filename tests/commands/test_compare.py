@@ -24,7 +24,8 @@ from sd_atoms.commands.compare import comparison_of, do_run
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
-from sd_atoms.jobs.results import SCORES, merge_from, selection_score
+from sd_atoms.jobs.queue import note_failure
+from sd_atoms.jobs.results import SCORES, check_rates_settled, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
 from sd_atoms.report.rows import mean_of, paired, rows_of
 
@@ -192,6 +193,34 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(compared, tmp_path
     experiment(plan.folder.parent)
 
 
+def test_what_was_drawn_for_other_prompts_is_not_taken_for_done(compared):
+    plan, _ = compared
+    for flags, problem in (
+        ({"images_per_prompt": 1}, "images_per_prompt"),
+        ({"networks": "pocket:clip,efficientnet-lite0"}, "networks"),
+        ({"unrelated_prompts_file": None, "prompts_file": "few_shot"}, "prompts"),
+    ):
+        other = read_plan(str(plan.folder.parent / "e.yaml"), flags)
+        with pytest.raises(UserError, match=f"was drawn or scored with other {problem}; remove it"):
+            compare.check_folders(other)
+
+
+def test_a_rate_is_not_chosen_before_all_that_choose_it_have_ended(compared, tmp_path):
+    plan, _ = compared
+    other = read_plan(str(plan.folder.parent / "e.yaml"), {"output_dir": str(tmp_path / "out")})
+    run = other.named("castle/atoms/seed-0")
+    for name in ("castle/pretrained", "rates/castle/atoms/0.01/seed-100"):
+        with pytest.raises(
+            UserError, match=f"needs {name}, which is not done" if name != run.rate_runs[0] else "needs"
+        ):
+            check_rates_settled(other, run)
+        shutil.copytree(plan.folder / "runs" / name, other.folder / "runs" / name)
+    with pytest.raises(UserError, match="needs rates/castle/atoms/0.3/seed-100, which is not done"):
+        check_rates_settled(other, run)
+    note_failure(other.folder / "queue", "rates/castle/atoms/0.3/seed-100", "the loss is nan")
+    check_rates_settled(other, run)  # one that failed is no longer waited for
+
+
 def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(compared, tmp_path):
     plan, _ = compared
     elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
@@ -236,10 +265,10 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
 def test_the_interval_of_a_mean_is_the_wider_of_images_and_seeds():
     narrow = [{"value": value, "low": value - 0.001, "high": value + 0.001} for value in (0.2, 0.4)]
     mean, low, high = mean_of(narrow)
-    assert (mean, high - mean) == (pytest.approx(0.3), pytest.approx(1.96 * 0.1))  # sd 0.1414 / sqrt 2
+    assert (mean, high - mean) == (pytest.approx(0.3), pytest.approx(12.706 * 0.1))  # t of 1, sd 0.1414 / sqrt 2
     assert mean - low == pytest.approx(high - mean)
     wide = [{"value": 0.3, "low": 0.1, "high": 0.5}] * 2
-    assert mean_of(wide)[2] - 0.3 == pytest.approx(0.2 / 2**0.5)
+    assert mean_of(wide)[2] - 0.3 == pytest.approx(0.2)  # all seeds share their prompts and noise
     assert mean_of([{"value": 0.3, "low": None, "high": None}]) == (0.3, None, None)
 
 

@@ -57,8 +57,8 @@ def test_rates_are_tried_on_other_seeds_and_prompts_and_the_best_is_taken(tmp_pa
     ]
     assert not set(plan.tuning) & set(plan.prompts)
     run = plan.named("canal/atoms/seed-0")
-    assert run.needs == ("canal/pretrained", *(other.name for other in tried))
-    assert plan.named("canal/lora/seed-0").needs == ("canal/pretrained",)
+    assert (run.needs, run.rate_runs) == (("canal/pretrained",), tuple(other.name for other in tried))
+    assert plan.named("canal/lora/seed-0").rate_runs == ()
     scores = dict(zip((other.name for other in tried), (0.5, 0.1, 0.2, 0.3), strict=True))
     assert chosen_rate(plan, run, lambda other: scores[other.name]) == 0.005
     assert plan.config(run, 0.005).optimiser.learning_rate == 0.005
@@ -89,6 +89,12 @@ def test_a_flag_wins_over_the_file(tmp_path):
         ({"methods": {"nonsense": None}}, "nonsense"),
         ({"methods": {"lora": {"rnak": 3}}}, "did you mean rank"),
         ({"methods": {"lora": None, "LoRA": {"method": "lora"}}}, "two runs would have this folder"),
+        ({"methods": {"lora": {"max_train_steps": 3}}}, "methods.lora: max_train_steps: goes under settings"),
+        ({"methods": {"Pretrained": None, "..": {"method": "lora"}}}, "'Pretrained'"),
+        ({"methods": {"pretrained": {"method": "lora"}}}, "methods.pretrained: is what the base's own row is called"),
+        ({"settings": {"learning_rate": 0.1}}, "learning_rate: each method has its own"),
+        ({"networks": []}, "networks: one or more are needed"),
+        ({"rates": {"factors": [1]}, "metrics": "subject"}, "metrics: rates are chosen by subject and text"),
         ({"fidelity": "openai/clip"}, "fidelity: 'openai/clip' is not among networks: pocket:clip"),
         ({"against": "dora"}, "against: 'dora' is not among methods: atoms, atoms"),
         ({"scales": "a"}, "scales: 'a': numbers with commas between are needed"),

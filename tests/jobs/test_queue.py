@@ -73,6 +73,30 @@ def test_a_failure_is_told_with_its_reason_and_stops_only_what_needs_it(tmp_path
     assert "about 3 min left" in text  # two wait, 90 s each
 
 
+def test_what_comes_after_another_does_not_need_its_success(tmp_path):
+    wrong = job(tmp_path, "wrong")
+    after = job(tmp_path, "after")
+    jobs = [
+        Job(after.name, after.done, after.command, after=("wrong", "late")),
+        wrong,
+        job(tmp_path, "late", seconds=0.5),
+    ]
+    assert run_jobs(jobs, tmp_path / "queue", make_slots(3, "", None), quiet).keys() == {"wrong"}
+    assert begun(tmp_path)[-1] == "after"
+
+
+def test_what_failed_here_and_was_done_elsewhere_is_done(tmp_path):
+    wrong, slow = job(tmp_path, "wrong"), job(tmp_path, "slow", seconds=1.5)
+
+    def told(text):
+        if text.startswith("wrong: failed"):
+            wrong.done.write_text("")  # by another queue
+
+    jobs = [wrong, job(tmp_path, "needs", ("wrong",)), slow]
+    assert run_jobs(jobs, tmp_path / "queue", make_slots(2, "", None), told) == {}
+    assert slow.done.exists()
+
+
 def test_two_queues_divide_the_work_and_both_see_its_end(tmp_path):
     jobs = [job(tmp_path, f"j{number}", seconds=0.2) for number in range(8)]
     outcomes = []
