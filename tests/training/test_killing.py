@@ -14,11 +14,13 @@ import yaml
 from helpers import CASTLE
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import write_tiny_base
 
 from sd_atoms.cli import train_main
 from sd_atoms.files import leftovers, replacing
 
-RANDOM = 20
+KILLS = {1: 12, 2: 8}  # processes -> how often they are killed
+STEPS = 150
 SETTINGS = dict(
     **CASTLE,
     train_token_embedding=True,
@@ -35,8 +37,8 @@ SETTINGS = dict(
     validation_loss_steps=3,
     holdout_images=1,
     keep="best",
-    num_instance_images=1,
-    num_inference_steps=1,
+    num_instance_images=8,
+    num_inference_steps=20,
     report_to="none",
 )
 # dies half-way through writing the tensors of the file whose name argv[1] says
@@ -71,11 +73,10 @@ class Runner:
         self.config, self.killer = folder / "c.yaml", folder / "killer.py"
         self.config.write_text(yaml.safe_dump({**SETTINGS, **settings, "output_dir": str(self.run)}))
         self.killer.write_text(KILLER)
-        self.starts, self.inside = 0, 0  # starts in all, and kills that hit the file they were meant for
+        self.kills = 0
 
     def start(self, dies_writing=None):
         """A new process; it goes on from the last checkpoint, or from the start where there is none yet."""
-        self.starts += 1
         script = ["train_dreambooth_atoms.py"] if dies_writing is None else [str(self.killer), dies_writing, "train"]
         if self.processes > 1:
             script = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}", *script]
@@ -100,32 +101,55 @@ class Runner:
         log = self.run / "log.jsonl"
         return log.read_text().count("\n") if log.exists() else 0
 
-    def kill_after(self, seconds):
+    def kill_starting(self, seconds):
+        """Kills it that long after its start: before its first step, or before what it goes on from is read."""
+        process = self.start()
+        time.sleep(seconds)
+        self.kill(process)
+
+    def kill_training(self, seconds):
         """Kills it that long after its first step of its own."""
         log, step = self.run / "log.jsonl", self.step()
         before = log.stat().st_mtime_ns if log.exists() else None
         process = self.start()
-        deadline = time.monotonic() + 120
-        while not (self.logged() > step and log.stat().st_mtime_ns != before):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        self.wait(process, lambda: self.logged() > step and log.stat().st_mtime_ns != before)
         time.sleep(seconds)
-        kill(process)
+        self.kill(process)
 
-    def kill_inside(self, name):
+    def kill_drawing(self, seconds):
+        """Kills it that long after its first picture."""
+        picture = self.run / "images" / "instance-00.png"
+        before = picture.stat().st_mtime_ns if picture.exists() else None
+        process = self.start()
+        self.wait(process, lambda: picture.exists() and picture.stat().st_mtime_ns != before)
+        time.sleep(seconds)
+        assert process.poll() is None, "it was at its end already"
+        self.kill(process)
+
+    def kill_writing(self, name):
         """Lets it run until it dies half-way through writing the file of that name."""
         process = self.start(name)
-        message = process.communicate(timeout=300)[1]
+        message = process.communicate(timeout=600)[1]
         assert process.returncode not in (0, 2), message
         if self.processes == 1:
             assert process.returncode == -9, message
         assert any(path.name.startswith(f".{name}.") for path in leftovers(self.run))
-        self.inside += 1
+        self.kills += 1
+
+    def kill(self, process):
+        kill(process)
+        self.kills += 1
+
+    def wait(self, process, seen):
+        deadline = time.monotonic() + 600
+        while not seen():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def finish(self):
         process = self.start()
-        message = process.communicate(timeout=300)[1]
+        message = process.communicate(timeout=600)[1]
         assert process.returncode == 0, message
 
 
@@ -152,7 +176,7 @@ def contents(path):
 
 
 def assert_same_run(run, whole, steps):
-    """Every number that training made is the same bit for bit, and nothing else lies about."""
+    """Every number and picture that the run made is the same bit for bit, and nothing else lies about."""
     assert leftovers(run) == []
     names = {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
     assert names == {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
@@ -164,6 +188,8 @@ def assert_same_run(run, whole, steps):
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+    for name in names:
+        assert name.suffix != ".png" or (run / name).read_bytes() == (whole / name).read_bytes(), name
     logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, whole)]
     assert [entry["step"] for entry in logs[0]] == list(range(1, steps + 1))
     for ours, theirs in zip(*logs, strict=True):
@@ -173,54 +199,29 @@ def assert_same_run(run, whole, steps):
     assert kinds == {"parameter", "mean", "best", "optimizer"}
 
 
-def uninterrupted(folder, steps, **settings):
-    config = folder / "whole.yaml"
-    config.write_text(
-        yaml.safe_dump({**SETTINGS, "max_train_steps": steps, "output_dir": str(folder / "whole"), **settings})
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", KILLS)
+def test_a_run_killed_at_random_moments_equals_one_that_was_not(tmp_path, processes):
+    rng, base = random.Random(processes), str(write_tiny_base(tmp_path / "tiny"))
+    (tmp_path / "whole").mkdir()
+    whole, runner = (
+        Runner(folder, processes, pretrained_model_name_or_path=base, max_train_steps=STEPS)
+        for folder in (tmp_path / "whole", tmp_path)
     )
-    assert train_main(["--config", str(config)]) == 0
-    return folder / "whole"
-
-
-@pytest.mark.slow
-def test_a_run_killed_three_times_equals_one_that_was_not(tmp_path):
-    whole, runner = uninterrupted(tmp_path, steps=8), Runner(tmp_path, max_train_steps=8)
-    runner.kill_after(0.1)
-    runner.kill_inside(f"checkpoint-{runner.step() + 2}.safetensors")
-    runner.kill_after(0.7)
-    runner.finish()
-    assert_same_run(runner.run, whole, 8)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_equals_one_that_was_not(tmp_path):
-    steps, rng = 60, random.Random(0)
-    whole, runner = uninterrupted(tmp_path, steps), Runner(tmp_path, max_train_steps=steps)
-    for number in range(RANDOM - 2):
-        if number % 3 == 2:
-            runner.kill_inside(f"checkpoint-{runner.step() + rng.choice([2, 4])}.safetensors")
-        elif number % 6 == 4:  # before its first step, perhaps before its first file
-            process = runner.start()
-            time.sleep(rng.uniform(0, 8))
-            kill(process)
-        else:
-            runner.kill_after(rng.uniform(0, 2.5))
-    runner.kill_inside("adapter_model.safetensors")
-    runner.kill_inside("castle.safetensors")
-    assert runner.starts == RANDOM
-    runner.finish()
-    assert_same_run(runner.run, whole, steps)
-
-
-@pytest.mark.slow
-def test_two_processes_killed_twice_equal_two_that_were_not(tmp_path):
-    (tmp_path / "a").mkdir()
-    whole, runner = Runner(tmp_path / "a", processes=2, max_train_steps=8), Runner(tmp_path, 2, max_train_steps=8)
     whole.finish()
-    runner.kill_after(0.5)
-    runner.kill_inside(f"checkpoint-{runner.step() + 2}.safetensors")
+    for number in range(KILLS[processes] - 3):
+        if number % 3 == 0:
+            runner.kill_training(rng.uniform(0, 1))
+        elif number % 3 == 1:
+            runner.kill_writing(f"checkpoint-{runner.step() + rng.choice([2, 4])}.safetensors")
+        else:
+            runner.kill_starting(rng.uniform(0, 10))
+    runner.kill_writing("adapter_model.safetensors")
+    runner.kill_writing("castle.safetensors")
+    runner.kill_drawing(rng.uniform(0, 0.5))
+    assert runner.kills == KILLS[processes]
     runner.finish()
-    assert_same_run(runner.run, whole.run, 8)
+    assert_same_run(runner.run, whole.run, STEPS)
 
 
 def test_only_the_temporary_files_of_a_killed_process_are_cleared_away(tmp_path):
@@ -237,7 +238,7 @@ def test_only_the_temporary_files_of_a_killed_process_are_cleared_away(tmp_path)
 
 @pytest.mark.parametrize("left", ["nothing", "a temporary file", "half of the old run"])
 def test_overwrite_works_on_whatever_a_killed_start_left(tmp_path, left):
-    runner = Runner(tmp_path, max_train_steps=1)
+    runner = Runner(tmp_path, max_train_steps=1, num_instance_images=1, num_inference_steps=1)
     config = str(runner.config)
     runner.run.mkdir()
     if left == "a temporary file":
