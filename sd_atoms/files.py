@@ -14,6 +14,7 @@ from sd_atoms.errors import UserError
 
 # what a file system says that cannot do such a thing: shares of other systems, FUSE, some containers
 _CANNOT = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_UNSAFE = re.compile(r"[^\w.+-]+")
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.[^.]+)")  # as `replacing` calls them
 
 
@@ -49,6 +50,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def safe_name(label: str) -> str:
+    """A label as the name of a file or folder, on any system and without surprises in a shell."""
+    return _UNSAFE.sub("_", label).strip("._-") or "_"
 
 
 def leftovers(folder: str | os.PathLike) -> list[Path]:

@@ -21,7 +21,8 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
 from sd_atoms.jobs.drawing import draw_run, score_drawn
-from sd_atoms.jobs.experiment import FORCED, PRETRAINED, Experiment, Plan, Run, chosen_rate, read_plan
+from sd_atoms.jobs.experiment import FORCED, read_plan
+from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Run, chosen_rate
 from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
 from sd_atoms.jobs.results import (
     QUEUE,

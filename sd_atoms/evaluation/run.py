@@ -79,7 +79,8 @@ def score_run(
 def per_image(
     features: torch.Tensor, reference: torch.Tensor, prompts: Sequence[str], texts: Mapping[str, torch.Tensor]
 ) -> dict[str, list[float]]:
-    """ "image": the mean cosine of each image (N, d) to the photos (M, d); "text": its cosine to its own prompt."""
+    """What pairs are made of: "image", the mean cosine of each image (N, d) to the photos (M, d), and, where the
+    network knows texts, "text", its cosine to its own prompt."""
     unit = F.normalize(features, dim=1)
     values = {"image": (unit @ F.normalize(reference, dim=1).mean(0)).tolist()}
     if texts:

@@ -10,7 +10,7 @@ from sd_atoms.data.prompts import fill
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.evaluation.run import RESIZE, Drawn, score_run
 from sd_atoms.generation import Request, generate_missing, making_notes
-from sd_atoms.jobs.experiment import PRETRAINED, Plan, Run
+from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
 from sd_atoms.jobs.results import DRAWN
 from sd_atoms.methods.adapters import set_adapters
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact

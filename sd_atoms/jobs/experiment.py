@@ -1,4 +1,4 @@
-"""An experiment: methods × concepts × seeds, each an ordinary run, and before them the runs that choose their rates.
+"""The file of an experiment, and the plan that it means.
 
 output_dir: runs/compare/castle
 settings: {pretrained_model_name_or_path: pocket, max_train_steps: 300}    # of every run, as for sd-atoms train
@@ -14,162 +14,27 @@ networks: pocket:clip,efficientnet-lite0
 """
 
 import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sd_atoms.data.prompts import load_prompts, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import GROUPS
+from sd_atoms.files import safe_name
+from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
 from sd_atoms.methods import get_method
-from sd_atoms.settings import fields_of, read_config, resolve, setting, shown
+from sd_atoms.settings import fields_of, read_config, resolve, shown
 from sd_atoms.training.config import MethodSettings, OptimiserSettings, TextSettings, TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 
-WHAT, SCORES, PAGE = "what is compared", "how it is scored", "pictures of the report"
 MAPPINGS = ("settings", "concepts", "methods", "rates")
 # what an experiment decides for its runs, which draw next to nothing themselves
 FORCED = dict(overwrite=False, resume_from_checkpoint=None, num_instance_images=1, prompts_file=None)
 FORCED |= dict(clip_model_name_or_path=None, validation_prompt=None, push_to_hub=False, hub_model_id=None)
 NOT_OF_RUNS = (*FORCED, "output_dir", "strict_resume", "hub_private_repo", "concepts", "seed")
-PRETRAINED = "pretrained"
-UNSAFE = re.compile(r"[^\w.+-]+")  # in the name of a folder
 # what a method may bring of its own; all else would make runs that are not alike
 OF_METHODS = {*fields_of(MethodSettings), *fields_of(OptimiserSettings), *fields_of(TextSettings)}
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Settings of an experiment besides `settings`, `concepts`, `methods` and `rates`."""
-
-    output_dir: str = setting(None, WHAT, "folder of all runs and of the report", required=True)
-    seeds: str = setting("0", WHAT, "of the trainings, such as 0-2: as many runs of each method and concept")
-    against: str | None = setting(
-        None, WHAT, "the method that all others are set against in pairs; none = lora, or else the first"
-    )
-
-    prompts_file: str = setting("few_shot", SCORES, "templates with {}, as for sd-atoms generate", file=True)
-    images_per_prompt: int = setting(
-        1, SCORES, "pictures of each prompt; picture j of prompt n has seed 1000·j + n", low=1, high=1000
-    )
-    unrelated_prompts_file: str | None = setting(
-        None, SCORES, "prompts about other things, which an adapter should leave alone; none = no drift", file=True
-    )
-    networks: str = setting(
-        None,
-        SCORES,
-        "what makes features, comma-separated, as for sd-atoms evaluate; judges disagree, so take two",
-        required=True,
-    )
-    fidelity: str | None = setting(None, SCORES, "which of them judges the likeness; none = the first")
-    text: str | None = setting(None, SCORES, "which of them judges the text; none = the first that knows texts")
-    metrics: str = setting("subject,copying,diversity,text", SCORES, "as for sd-atoms evaluate")
-
-    scales: str = setting(
-        "0,0.25,0.5,0.75,1,1.25", PAGE, "adapter strengths to draw the first prompts at; empty = none"
-    )
-    scale_prompts: int = setting(4, PAGE, "how many prompts are drawn at them", low=0)
-    shown_prompts: str | None = setting(
-        None, PAGE, "numbers of the prompts of the small grid, from 0 on; none = 1,2,8,9, or else the first four"
-    )
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How the learning rate of each method is chosen: by runs on other seeds and prompts than the scored ones."""
-
-    factors: tuple[float, ...]
-    concepts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    prompts_file: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of an experiment.
-
-    stage: pretrained, rate or scored. values: its settings, without a learning rate that is still to be chosen.
-    needs: runs that must be done before. rate_runs: those that choose its rate, so far as they can be done.
-    """
-
-    name: str
-    stage: str
-    concept: str
-    method: str
-    seed: int
-    values: Mapping[str, Any]
-    needs: tuple[str, ...] = ()
-    rate_runs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An experiment with all its runs.
-
-    concepts: name -> settings. methods: label -> settings. prompts: templates that are scored. tuning: those of the
-    runs that choose rates. unrelated: prompts about other things.
-    """
-
-    experiment: Experiment
-    runs: tuple[Run, ...]
-    concepts: Mapping[str, Mapping[str, Any]]
-    methods: Mapping[str, Mapping[str, Any]]
-    rates: Rates | None
-    prompts: tuple[str, ...]
-    tuning: tuple[str, ...]
-    unrelated: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        """Of all runs and of the report."""
-        return Path(self.experiment.output_dir)
-
-    def run_folder(self, run: Run) -> Path:
-        """An ordinary run folder."""
-        return self.folder / "runs" / run.name
-
-    def config(self, run: Run, rate: float | None = None) -> TrainConfig:
-        """All settings of a run; `rate` is the learning rate that was chosen for it."""
-        values = dict(run.values) | {"output_dir": str(self.run_folder(run)), "seed": run.seed}
-        if rate is not None:
-            values["learning_rate"] = rate
-        return resolve(TrainConfig, values)
-
-    def named(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            UserError: there is none.
-        """
-        found = next((run for run in self.runs if run.name == name), None)
-        if found is None:
-            raise UserError(f"run: {name!r} is none of this experiment's; --dry_run lists them")
-        return found
-
-    @property
-    def networks(self) -> list[str]:
-        """Names of what makes features."""
-        return [name.strip() for name in self.experiment.networks.split(",") if name.strip()]
-
-    @property
-    def shown_prompts(self) -> list[int]:
-        """Numbers of the prompts of the small grid."""
-        text = self.experiment.shown_prompts
-        if text is None:
-            return [1, 2, 8, 9] if len(self.prompts) > 9 else list(range(min(4, len(self.prompts))))
-        return [int(part) for part in text.split(",") if part.strip()]
-
-    @property
-    def against(self) -> str:
-        """The method that the others are set against in pairs."""
-        return self.experiment.against or ("lora" if "lora" in self.methods else next(iter(self.methods)))
-
-    @property
-    def scales(self) -> list[float]:
-        """Strengths that the first prompts are drawn at."""
-        return [float(text) for text in self.experiment.scales.split(",") if text.strip()]
 
 
 def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
@@ -223,32 +88,6 @@ def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def chosen_rate(plan: Plan, run: Run, score_of: Callable[[Run], float | None]) -> float | None:
-    """The learning rate of the best of the runs that choose it: of the highest mean score over concepts and seeds.
-
-    Args:
-        plan: the experiment.
-        run: a scored one.
-        score_of: the score of a finished run, None where it has none.
-
-    Raises:
-        UserError: no run that chooses has a score.
-    """
-    if not run.rate_runs:
-        return None
-    scores: dict[float, list[float]] = {}
-    for name in run.rate_runs:
-        score = score_of(plan.named(name))
-        if score is not None:
-            scores.setdefault(plan.named(name).values["learning_rate"], []).append(score)
-    if not scores:
-        raise UserError(f"rates: none of {', '.join(run.rate_runs)} has a score to choose by")
-    # a rate that failed on one concept is not as good as one that held on all
-    most = max(map(len, scores.values()))
-    full = {rate: sum(found) / most for rate, found in scores.items() if len(found) == most}
-    return max(full, key=lambda rate: full[rate])
-
-
 def _runs(
     concepts: Mapping[str, Mapping[str, Any]],
     methods: Mapping[str, Mapping[str, Any]],
@@ -258,7 +97,7 @@ def _runs(
     """All runs, those first that others need, and what is wrong with the methods."""
     first, choosing, scored, problems = [], [], [], []
     for concept, of_concept in concepts.items():
-        first.append(Run(f"{_safe(concept)}/{PRETRAINED}", PRETRAINED, concept, PRETRAINED, 0, of_concept))
+        first.append(Run(f"{safe_name(concept)}/{PRETRAINED}", PRETRAINED, concept, PRETRAINED, 0, of_concept))
     for label, of_method in methods.items():
         own = []
         if rates is not None and "learning_rate" not in of_method:
@@ -269,13 +108,13 @@ def _runs(
                     problems.append(f"methods.{label}: has no usual rate to multiply; give its learning_rate")
                     break
                 for rate, seed in itertools.product([_short(usual * factor) for factor in rates.factors], rates.seeds):
-                    name = f"rates/{_safe(concept)}/{_safe(label)}/{rate:g}/seed-{seed}"
+                    name = f"rates/{safe_name(concept)}/{safe_name(label)}/{rate:g}/seed-{seed}"
                     own.append(Run(name, "rate", concept, label, seed, values | {"learning_rate": rate}))
         names = tuple(run.name for run in own)
         choosing += own
         for concept, seed in itertools.product(concepts, seeds):
-            name = f"{_safe(concept)}/{_safe(label)}/seed-{seed}"
-            needs = (f"{_safe(concept)}/{PRETRAINED}",)
+            name = f"{safe_name(concept)}/{safe_name(label)}/seed-{seed}"
+            needs = (f"{safe_name(concept)}/{PRETRAINED}",)
             scored.append(Run(name, "scored", concept, label, seed, concepts[concept] | of_method, needs, names))
     runs = [*first, *choosing, *scored]
     names = [run.name.lower() for run in runs]
@@ -330,7 +169,7 @@ def _of_method(path: str, label: str, values: Any) -> dict[str, Any]:
     foreign = [name for name in own if name in known and name not in OF_METHODS]
     if foreign:
         raise UserError(f"{path}: methods.{label}: {', '.join(foreign)}: goes under settings, alike for all methods")
-    if _safe(label) == PRETRAINED:
+    if safe_name(label) == PRETRAINED:
         raise UserError(f"{path}: methods.{label}: is what the base's own row is called; choose another name")
     return own if "peft_config" in own else {"method": label} | own
 
@@ -425,7 +264,3 @@ def _usual_rate(values: Mapping[str, Any]) -> float | None:
 def _short(rate: float) -> float:
     """Two digits of a rate: 0.0033, not 0.0033000000000000004."""
     return float(f"{rate:.2g}")
-
-
-def _safe(label: str) -> str:
-    return UNSAFE.sub("_", label).strip("._-") or "_"

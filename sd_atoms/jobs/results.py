@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
-from sd_atoms.jobs.experiment import PRETRAINED, Plan, Run
+from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
 from sd_atoms.jobs.queue import failure_of, held
 from sd_atoms.report.rows import selection
 from sd_atoms.settings import read_yaml

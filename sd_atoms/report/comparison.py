@@ -2,13 +2,12 @@
 
 import csv
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sd_atoms.files import replacing, write_json, write_text
+from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.comparison_figures import curves_figure, pareto_figure, prompt_grid
 from sd_atoms.report.markdown import escaped, table
 from sd_atoms.report.page import write_page
@@ -32,7 +31,7 @@ def write_report(comparison: Comparison, folder: Path) -> dict[str, Any]:
         for name, numbers in (("grid", comparison.shown_prompts), ("grid-all", range(len(comparison.prompts)))):
             grid = prompt_grid(comparison, concept, list(numbers))
             if grid is not None:
-                with replacing(folder / f"{name}-{_safe(concept)}.png") as temporary:
+                with replacing(folder / f"{name}-{safe_name(concept)}.png") as temporary:
                     grid.save(temporary, format="PNG")
     write_page(comparison, rows, folder)
     return results
@@ -223,7 +222,3 @@ def _signed(figure: tuple[float, float, float] | None) -> str:
 
 def _number(value: float | int | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def _safe(label: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", label)

@@ -139,7 +139,7 @@ def mean_of(figures: Sequence[Mapping[str, Any]]) -> tuple[float, float | None, 
 def student_t(freedom: int) -> float:
     """The 97.5 % quantile of Student's t distribution."""
     known = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    return known[freedom - 1] if freedom <= len(known) else 1.96 + 2.4 / freedom  # to within 1 %
+    return known[freedom - 1] if freedom <= len(known) else 1.96 + 2.4 / freedom  # to within 2 %
 
 
 def paired(
@@ -202,4 +202,5 @@ def first_sentence(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 
 def mean_value(values: Sequence[float]) -> float | None:
+    """The mean, None of nothing."""
     return sum(values) / len(values) if values else None

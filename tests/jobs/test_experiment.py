@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from sd_atoms.errors import UserError
-from sd_atoms.jobs.experiment import chosen_rate, read_plan
+from sd_atoms.jobs.experiment import read_plan
+from sd_atoms.jobs.plan import chosen_rate
 
 ENTRIES = {
     "output_dir": "out",
