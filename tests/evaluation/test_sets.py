@@ -123,7 +123,7 @@ def test_the_distance_at_infinitely_many_images_is_nearer_to_none_for_equal_dist
     real, made = normal(4000, 24, seed=2), normal(400, 24, seed=3)
     at_hand, at_infinity = fid(real, made), fd_infinity(real, made)
     assert abs(at_infinity) < at_hand / 3
-    assert fd_infinity(real, made) == at_infinity
+    assert fd_infinity(real, made) == pytest.approx(at_infinity, rel=1e-9)  # BLAS rounds by where its inputs lie
 
 
 @pytest.mark.parametrize("metric", [fid, mifid, kid, cmmd, neighbours, fd_infinity])
