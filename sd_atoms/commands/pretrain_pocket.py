@@ -34,6 +34,9 @@ class Settings:
     count: int | None = setting(
         None, WHAT, f"training pictures to render; none = {STAGES['images'].settings.picture_count}"
     )
+    from_packaged: bool = setting(
+        False, WHAT, "train the UNet on from the packaged weights, instead of from random numbers"
+    )
 
 
 def run(settings: Settings) -> None:
@@ -44,4 +47,5 @@ def run(settings: Settings) -> None:
         budget_seconds=settings.budget_seconds,
         max_steps=settings.max_steps,
         picture_count=settings.count,
+        from_packaged=settings.from_packaged,
     )

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 
@@ -192,6 +193,27 @@ def test_an_interrupted_stage_goes_on_at_its_stored_step_and_ends_as_if_unbroken
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_the_unet_goes_on_from_the_packaged_weights(work_dir, tmp_path, monkeypatch):
+    link_finished(work_dir, tmp_path, *STAGES["unet"].needs)
+    packaged = tmp_path / "packaged"
+    shutil.copytree(work_dir / "weights", packaged)
+    monkeypatch.setattr(unet, "WEIGHTS_FOLDER", packaged)
+    # as many steps as those have behind them: none is left
+    pretrain.pretrain("unet", tmp_path, max_steps=2, from_packaged=True)
+    found = json.loads((tmp_path / "finished" / "unet.json").read_text("utf-8"))
+    assert (found["figures"]["first_step"], found["figures"]["steps"]) == (2, 2)
+    assert found["command"].endswith("--max_steps 2 --from_packaged")
+    name = "diffusion_pytorch_model.safetensors"
+    start, end = load_file(packaged / "pocket-sd" / "unet" / name), load_file(tmp_path / "unet" / name)
+    assert all(torch.equal(end[key], start[key].float()) for key in start)
+
+    wider = dataclasses.replace(STAGES["unet"].settings, channels=(16, 16, 16))
+    monkeypatch.setitem(STAGES, "unet", dataclasses.replace(STAGES["unet"], settings=wider))
+    (tmp_path / "finished" / "unet.json").unlink()
+    with pytest.raises(UserError, match="from_packaged: the packaged UNet has other sizes"):
+        pretrain.pretrain("unet", tmp_path, max_steps=2, from_packaged=True)
+
+
 def make_run(folder, settings):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -379,6 +401,7 @@ def test_pictures_of_another_count_are_not_mixed_in(tmp_path):
         ("vae", {"budget_seconds": -1.0}, "budget_seconds is -1.0; it must be positive"),
         ("vae", {"budget_seconds": 5, "max_steps": 5}, "give one of them"),
         ("vae", {"picture_count": 5}, "count: stage 'vae' renders nothing"),
+        ("vae", {"from_packaged": True}, "from_packaged: stage 'vae' trains no UNet"),
         ("all", {"picture_count": 0}, "count is 0; it must be positive"),
     ],
 )

@@ -23,6 +23,7 @@ def pretrain(
     budget_seconds: float | None = None,
     max_steps: int | None = None,
     picture_count: int | None = None,
+    from_packaged: bool = False,
 ) -> None:
     """Runs one stage, or all of them in order; finished stages are skipped.
 
@@ -33,13 +34,14 @@ def pretrain(
             proportions of their defaults. None: the defaults of STAGES.
         max_steps: trains each training stage for exactly so many steps instead of for a time.
         picture_count: training pictures to render; None: the default of STAGES.
+        from_packaged: stage unet starts at the packaged weights; `max_steps` counts theirs too.
 
     Raises:
         UserError: an argument is out of range or does not apply to the stage, an earlier stage is not finished,
             or `work_dir` holds something unusable.
     """
     work_dir = Path(work_dir)
-    all_settings = resolve_settings(stage, budget_seconds, max_steps, picture_count)
+    all_settings = resolve_settings(stage, budget_seconds, max_steps, picture_count, from_packaged)
     import torch
     from accelerate import PartialState
 
@@ -63,7 +65,11 @@ def pretrain(
 
 
 def resolve_settings(
-    stage: str, budget_seconds: float | None, max_steps: int | None, picture_count: int | None
+    stage: str,
+    budget_seconds: float | None,
+    max_steps: int | None,
+    picture_count: int | None,
+    from_packaged: bool = False,
 ) -> dict[str, object]:
     """The settings of each stage to run; raises UserError as `pretrain` does."""
     if stage != "all" and stage not in STAGES:
@@ -81,6 +87,8 @@ def resolve_settings(
         raise UserError(f"count: stage {stage!r} renders nothing; only images and all do")
     if picture_count is not None and picture_count <= 0:
         raise UserError(f"count is {picture_count}; it must be positive")
+    if from_packaged and "unet" not in names:
+        raise UserError(f"from_packaged: stage {stage!r} trains no UNet; only unet and all do")
 
     resolved = {name: STAGES[name].settings for name in names}
     default_seconds = sum(resolved[name].budget_seconds for name in trained)
@@ -95,6 +103,8 @@ def resolve_settings(
         resolved["images"] = dataclasses.replace(
             resolved["images"], picture_count=picture_count, held_out_count=held_out_count
         )
+    if from_packaged:
+        resolved["unet"] = dataclasses.replace(resolved["unet"], from_packaged=True)
     return resolved
 
 
@@ -115,6 +125,8 @@ def _record(stage: str, settings: object, figures: dict, num_processes: int) -> 
             arguments = f" --max_steps {settings.max_steps}"
     elif stage == "images":
         arguments = f" --count {settings.picture_count}"
+    if getattr(settings, "from_packaged", False):
+        arguments += " --from_packaged"
     return {
         "command": f"sd-atoms pretrain-pocket {stage} --work_dir WORK_DIR{arguments}",
         "processes": num_processes,

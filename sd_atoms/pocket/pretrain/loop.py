@@ -32,6 +32,7 @@ class TrainingRun:
         folder: gets checkpoint.safetensors and log.jsonl.
         modules: everything that a checkpoint must hold; the gradients of "model" are clipped.
         optimizer: over what is trained.
+        first_step: the number of steps that the modules have behind them at the start.
     """
 
     def __init__(
@@ -41,13 +42,14 @@ class TrainingRun:
         state: PartialState,
         modules: Mapping[str, torch.nn.Module],
         optimizer: torch.optim.Optimizer,
+        first_step: int = 0,
     ):
         self.folder = folder
         self.settings = settings
         self.state = state
         self.modules = modules
         self.optimizer = optimizer
-        self.step = 0
+        self.step = first_step
         self.used_seconds = 0.0  # training time over all resumes
         self.progress = 0.0  # in [0, 1]
         self._measured: list[dict[str, float]] = []

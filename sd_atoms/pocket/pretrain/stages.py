@@ -87,6 +87,7 @@ class UnetSettings(TrainingSettings):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-2
     log_every_steps: int = 50
+    from_packaged: bool = False  # start at the packaged weights and their step number, not at random numbers
     channels: tuple[int, ...] = (96, 192, 192)
     layers_per_block: int = 1
     attention_heads: int = 4

@@ -1,6 +1,7 @@
 """Stage "unet": the denoiser, on stored latents and caption states."""
 
 import copy
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer
 
+from sd_atoms.errors import UserError
+from sd_atoms.pocket.manifest import MANIFEST_NAME, WEIGHTS_FOLDER
 from sd_atoms.pocket.pretrain.images import Pictures
 from sd_atoms.pocket.pretrain.latents import load_latents, prepare_latents
 from sd_atoms.pocket.pretrain.loop import TrainingRun, attend_plainly, batch_per_process, mixed_precision
@@ -33,7 +36,9 @@ def run(work_dir: Path, settings: UnetSettings, state: PartialState) -> dict:
     clip = CLIPModel.from_pretrained(work_dir / "clip").eval().requires_grad_(False).to(state.device)
     vae_config = AutoencoderKL.load_config(work_dir / "vae")
     torch.manual_seed(settings.seed)  # the same start in every process
-    unet = build_unet(settings, vae_config, clip.config.text_config.hidden_size).to(state.device)
+    unet = build_unet(settings, vae_config, clip.config.text_config.hidden_size)
+    first_step = start_at_packaged(unet) if settings.from_packaged else 0
+    unet.to(state.device)
     attend_plainly(unet, state.device)
     ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -45,7 +50,7 @@ def run(work_dir: Path, settings: UnetSettings, state: PartialState) -> dict:
     )
     scheduler = DDPMScheduler(**NOISE_SCHEDULE, prediction_type=settings.prediction_type, clip_sample=False)
     weights = timestep_weights(scheduler.alphas_cumprod, settings)
-    training = TrainingRun(work_dir / "unet", settings, state, {"model": unet, "ema": ema}, optimizer)
+    training = TrainingRun(work_dir / "unet", settings, state, {"model": unet, "ema": ema}, optimizer, first_step)
     batch_size = batch_per_process(settings.batch_size, state)
     for step in training:
         rng, noise_generator = training.random_numbers()
@@ -76,6 +81,7 @@ def run(work_dir: Path, settings: UnetSettings, state: PartialState) -> dict:
     ema.save_pretrained(work_dir / "unet")
     return {
         "steps": training.step,
+        "first_step": first_step,
         "seconds": round(training.used_seconds),
         "epochs": round(training.step * settings.batch_size / len(moments), 2),
     }
@@ -96,6 +102,17 @@ def build_unet(settings: UnetSettings, vae_config: dict, text_width: int) -> UNe
         attention_head_dim=settings.attention_heads,  # diffusers reads this field as the number of heads
         norm_num_groups=settings.norm_groups,
     )
+
+
+def start_at_packaged(unet: UNet2DConditionModel) -> int:
+    """Puts in the packaged weights; the steps that their manifest counts. Raises UserError where they don't fit."""
+    packaged = UNet2DConditionModel.from_pretrained(WEIGHTS_FOLDER / "pocket-sd" / "unet")
+    try:
+        unet.load_state_dict(packaged.state_dict())
+    except RuntimeError:
+        raise UserError("from_packaged: the packaged UNet has other sizes than this stage's settings") from None
+    manifest = json.loads((WEIGHTS_FOLDER / MANIFEST_NAME).read_text(encoding="utf-8"))
+    return manifest["stages"]["unet"]["figures"]["steps"]
 
 
 @torch.no_grad()
