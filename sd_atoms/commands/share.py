@@ -21,9 +21,10 @@ from sd_atoms.generation.png import image_notes, save_image
 from sd_atoms.pipeline.artefact import CONFIG_FILE, TOKENS_FILE, Artefact, read_artefact, write_artefact
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import AdapterFile, CardImage, model_card
-from sd_atoms.settings import read_yaml, setting
+from sd_atoms.settings import coerced, read_yaml, setting
 from sd_atoms.sources import public_name
 from sd_atoms.training.adapter import checkpoint_of, open_adapter, run_of
+from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.run_folder import ADAPTER, CONFIG, ENVIRONMENT, IMAGES, METRICS, SHARE
 
 CARD, PICTURES = "README.md", "pictures"
@@ -96,7 +97,7 @@ def write_share_folder(run: Path, repo_id: str | None, checkpoint: Path | None =
     if repo_id is not None:
         check_repo_id(repo_id)
     artefact, name, finished = _adapter(run, checkpoint)
-    config = _with_public_names(read_yaml(run / CONFIG))
+    config = _with_public_names(_recorded_settings(run / CONFIG))
     metrics, environment = _read_json(run / METRICS) if finished else {}, _read_json(run / ENVIRONMENT)
     base = artefact.about.get("base")
     about = artefact.about | ({"base": public_name(base)} if isinstance(base, str) else {})
@@ -112,18 +113,34 @@ def write_share_folder(run: Path, repo_id: str | None, checkpoint: Path | None =
                 notes["base"] = public_name(notes["base"])
             with Image.open(path, formats=["PNG"]) as image:
                 save_image(folder / PICTURES / path.name, image, notes)
-        card = model_card(
-            config,
-            about | {"versions": environment.get("versions", about.get("versions", {}))},
-            metrics,
-            [CardImage(f"{PICTURES}/{path.name}", image_notes(path).get("prompt", "")) for path in shown],
-            AdapterFile(name, (folder / name).stat().st_size),
-            grids=[f"{PICTURES}/{path.name}" for path in grids],
-            drawn=len(drawn),
-            repo_id=repo_id,
-        )
+        try:
+            card = model_card(
+                config,
+                about | {"versions": environment.get("versions", about.get("versions", {}))},
+                metrics,
+                [CardImage(f"{PICTURES}/{path.name}", image_notes(path).get("prompt", "")) for path in shown],
+                AdapterFile(name, (folder / name).stat().st_size),
+                grids=[f"{PICTURES}/{path.name}" for path in grids],
+                drawn=len(drawn),
+                repo_id=repo_id,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # their values are of kinds of their own
+            raise UserError(
+                f"{run}: {METRICS} or {ENVIRONMENT} does not hold what a run writes there ({error})"
+            ) from error
         write_text(folder / CARD, card)
     return run / SHARE
+
+
+def _recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run wrote down, each of the kind and range that training takes."""
+    recorded = read_yaml(path)
+    for name, value in recorded.items():
+        try:
+            coerced(TrainConfig, name, value)
+        except ValueError as error:
+            raise UserError(f"{path}: {name}: {error}") from error
+    return recorded
 
 
 def _with_public_names(config: dict[str, Any]) -> dict[str, Any]:

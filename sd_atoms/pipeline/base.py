@@ -1,5 +1,6 @@
 """Opening the base model: the packaged `pocket`, a local folder or a hub id, all by the same calls."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -70,18 +71,34 @@ def open_base(
             requires_safety_checker=False,
         )
         pipe.to(device)
+        read, taken = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
+        if not 0 < read <= taken:
+            raise UserError(
+                f"{name}: its tokenizer reads {read} tokens, its text encoder takes {taken}; set model_max_length in "
+                "tokenizer/tokenizer_config.json"
+            )
+        _try_out(pipe)
     except UserError:
         raise
     except Exception as error:  # the libraries raise whatever they trip over in a broken file
         raise UserError(f"{name}: {_reason(source, variant, error)}") from error
-    read, taken = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
-    if not 0 < read <= taken:
-        raise UserError(
-            f"{name}: its tokenizer reads {read} tokens, its text encoder takes {taken}; set model_max_length in "
-            "tokenizer/tokenizer_config.json"
-        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@torch.no_grad()
+def _try_out(pipe: StableDiffusionPipeline) -> None:
+    """One small step of every part: a value of the wrong type in a config is not used before."""
+    tokens = pipe.tokenizer("a", padding="max_length", truncation=True, return_tensors="pt").input_ids
+    states = pipe.text_encoder(tokens.to(pipe.device)).last_hidden_state
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(2, device=pipe.device)
+    side = 2 ** (len(pipe.unet.config.block_out_channels) - 1)  # the smallest that the UNet can halve and double
+    latents = torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.unet.dtype, device=pipe.device)
+    timestep = scheduler.timesteps[0]
+    predicted = pipe.unet(scheduler.scale_model_input(latents, timestep), timestep, states).sample
+    stepped = scheduler.step(predicted, timestep, latents[:, : predicted.shape[1]]).prev_sample
+    pipe.vae.decode(stepped.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
 
 
 def quiet_unless_terminal() -> None:

@@ -705,7 +705,10 @@ def test_malformed_input_ends_in_one_line_or_is_handled(seed, number, tmp_path, 
         assert all(line.startswith("  ") for line in said[1:])
         assert len(said) == 1 or len(said) > 2, "one problem is one line, several have a heading"
         assert len(message) < 10_000 + 200 * message.count("\n")
-        assert contents(tmp_path) == before, "something was written, changed or removed"
+        after = contents(tmp_path)
+        if kind == "base folders":  # what opens may still fail while it trains; what the run wrote till then stays
+            after = {path: content for path, content in after.items() if run not in path.parents}
+        assert after == before, "something was written, changed or removed"
     else:
         assert said == []
         assert run.exists()
