@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers import CASTLE
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import write_tiny_base
@@ -107,6 +108,14 @@ class Runner:
         time.sleep(seconds)
         self.kill(process)
 
+    def kill_encoding(self, cache):
+        """Kills it as soon as it has written latents that were not in the cache."""
+        before = shards(cache)
+        process = self.start()
+        self.wait(process, lambda: shards(cache).keys() - before.keys())
+        assert not self.logged(), "it trains already"
+        self.kill(process)
+
     def kill_training(self, seconds):
         """Kills it that long after its first step of its own."""
         log, step = self.run / "log.jsonl", self.step()
@@ -151,6 +160,13 @@ class Runner:
         process = self.start()
         message = process.communicate(timeout=600)[1]
         assert process.returncode == 0, message
+
+
+def shards(cache):
+    """Files of latents and when each was written."""
+    return {
+        path: path.stat().st_mtime_ns for path in (cache / "latents").glob("*/*.safetensors") if path.name[0] != "."
+    }
 
 
 def kill(process):
@@ -222,6 +238,37 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(tmp_path, proces
     assert runner.kills == KILLS[processes]
     runner.finish()
     assert_same_run(runner.run, whole.run, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_while_encoding_encodes_what_is_missing(tmp_path, processes):
+    base, photos, rng = str(write_tiny_base(tmp_path / "tiny")), tmp_path / "photos", random.Random(processes)
+    photos.mkdir()
+    for number in range(2100):
+        Image.frombytes("RGB", (32, 32), rng.randbytes(3072)).save(photos / f"{number}.png")
+    (tmp_path / "whole").mkdir()
+    cache = tmp_path / "cache"
+    whole, runner = (
+        Runner(
+            folder,
+            processes,
+            pretrained_model_name_or_path=base,
+            instance_data_dir=str(photos),
+            cache_dir=str(folder / "cache"),
+            max_train_steps=6,
+        )
+        for folder in (tmp_path / "whole", tmp_path)
+    )
+    whole.finish()
+    runner.kill_encoding(cache)
+    first = shards(cache)
+    runner.kill_encoding(cache)
+    assert first.items() <= shards(cache).items()
+    assert len(shards(cache)) < len(shards(tmp_path / "whole" / "cache"))
+    runner.finish()
+    assert first.items() <= shards(cache).items(), "what was there was encoded again"
+    assert_same_run(runner.run, whole.run, 6)
 
 
 def test_only_the_temporary_files_of_a_killed_process_are_cleared_away(tmp_path):
