@@ -38,7 +38,7 @@ from sd_atoms.jobs.results import (
 )
 from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.report.comparison import Comparison, report_text, write_report
-from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml
+from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml, unmet_needs
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
 
@@ -49,6 +49,10 @@ class Working:
 
     queue: QueueSettings = section(QueueSettings)
     dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
+    step_seconds: float | None = setting(
+        None, HOW, "of a training step, to tell the hours with dry_run before a run is done", low=0, needs=("dry_run",)
+    )
+    image_seconds: float | None = setting(None, HOW, "of drawing a picture, for the same", low=0, needs=("dry_run",))
     run: str | None = setting(None, HOW, "do this one run here and now, as the jobs of a scheduler do")
     merge: str | None = setting(
         None, HOW, "other folders of the same experiment, comma-separated; their finished runs are copied"
@@ -73,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     flags = vars(arguments)
     file = flags.pop("file")
     working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    if problems := unmet_needs(working):
+        raise UserError("; ".join(problems))
     if not (working.run or working.dry_run or working.queue.status):
         results, folder = work_through(file, flags, working)
         print(report_text(results, folder))
@@ -90,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
             note_failure(plan.folder / QUEUE, working.run, str(error))
             raise
     elif working.dry_run:
-        print(plan_text(plan))
+        print(plan_text(plan, working.step_seconds, working.image_seconds))
     else:
         jobs = jobs_of(plan, file, flags)
         print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
@@ -238,26 +244,39 @@ def comparison_of(plan: Plan, failed: Mapping[str, str]) -> Comparison:
     )
 
 
-def plan_text(plan: Plan) -> str:
-    """The runs, and what they cost, as far as that can be said."""
-    counts = {stage: [run for run in plan.runs if run.stage == stage] for stage in (PRETRAINED, "rate", "scored")}
-    lines = [f"{run.name}" for run in plan.runs]
-    lines += ["", *(f"{len(runs):>5} runs: {stage}" for stage, runs in counts.items() if runs)]
-    trained = [run for run in plan.runs if run.stage != PRETRAINED]
-    steps = sum(plan.config(run).loop.max_train_steps or 0 for run in trained)
-    pictures = sum(_picture_count(plan, run) for run in plan.runs)
-    lines.append(f"{steps:,} training steps, {pictures:,} pictures")
-    done = [(run, plan.run_folder(run)) for run in plan.runs if (plan.run_folder(run) / SCORES).exists()]
-    if done:
-        seconds = sum(read_scores(folder / SCORES)["seconds"] for _, folder in done) / len(done)
-        size = sum(path.stat().st_size for _, folder in done for path in folder.rglob("*") if path.is_file())
-        hours, bytes_each = seconds * len(plan.runs) / 3600, size / len(done)
+def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: float | None = None) -> str:
+    """The runs, and what they cost, as far as that can be said.
+
+    Args:
+        plan: the runs; those that are done tell what others of their stage take.
+        step_seconds, image_seconds: of a training step and of a picture, where none is done yet.
+    """
+    lines, hours, gigabytes, unknown = [run.name for run in plan.runs], 0.0, 0.0, []
+    lines.append("")
+    for stage in (PRETRAINED, "rate", "scored"):
+        runs = [run for run in plan.runs if run.stage == stage]
+        if not runs:
+            continue
+        pictures = sum(_picture_count(plan, run) for run in runs)
+        steps = 0 if stage == PRETRAINED else sum(plan.config(run).loop.max_train_steps or 0 for run in runs)
+        lines.append(f"{len(runs):>5} runs: {stage}; {steps:,} training steps, {pictures:,} pictures")
+        done = [plan.run_folder(run) for run in runs if (plan.run_folder(run) / SCORES).exists()]
+        if done:
+            seconds = sum(read_scores(folder / SCORES)["seconds"] for folder in done) / len(done)
+            size = sum(path.stat().st_size for folder in done for path in folder.rglob("*") if path.is_file())
+            hours += seconds * len(runs) / 3600
+            gigabytes += size / len(done) * len(runs) / 1e9
+        elif image_seconds is not None and (step_seconds is not None or not steps):
+            hours += (steps * (step_seconds or 0) + pictures * image_seconds) / 3600
+            unknown.append(f"disk of {stage}")
+        else:
+            unknown += [f"hours and disk of {stage}"]
+    lines.append(f"about {hours:.1f} hours at one run at a time and {gigabytes:.2f} GB on disk")
+    if unknown:
         lines.append(
-            f"about {hours:.1f} hours at one run at a time and {bytes_each * len(plan.runs) / 1e9:.2f} GB on disk, by "
-            f"the {len(done)} runs that are done"
+            f"not in these: {', '.join(unknown)}, known once one is done, the hours also by --step_seconds and "
+            "--image_seconds"
         )
-    else:
-        lines.append("hours and disk: by the runs that are done, once there is one")
     return "\n".join(lines)
 
 

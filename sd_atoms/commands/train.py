@@ -78,7 +78,7 @@ def run(config: TrainConfig) -> Path:
         mixed_precision=config.precision.mixed_precision,
         gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
         logging_dir=folder / CURVES,
-        log_with=trackers,
+        log_with=trackers or None,
     )
     notes = []
     if on_main(accelerator, lambda: is_first_start(config.output)):

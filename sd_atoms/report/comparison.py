@@ -11,7 +11,7 @@ from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.comparison_figures import curves_figure, pareto_figure, prompt_grid
 from sd_atoms.report.markdown import escaped, table
 from sd_atoms.report.page import write_page
-from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, mean_value, rows_of, selection
+from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, rows_of, tried_rates
 
 
 def write_report(comparison: Comparison, folder: Path) -> dict[str, Any]:
@@ -191,19 +191,9 @@ def _peft_shape(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any
 
 
 def _rates_table(comparison: Comparison) -> str:
-    """Method by rate: the scores that chose."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in comparison.rate_runs:
-        scores = run["scores"]
-        own, text = (
-            scores["networks"].get(name, {}).get("figures", {}) for name in (comparison.fidelity, comparison.text)
-        )
-        if "image" in own and "text" in text:
-            score = selection(own["image"]["value"], text["text"]["value"])
-            found.setdefault(scores["method"], {}).setdefault(scores["learning_rate"], []).append(score)
     cells = [
-        [escaped(method), ", ".join(f"{rate:g}: {mean_value(own):.3f}" for rate, own in sorted(rates.items()))]
-        for method, rates in found.items()
+        [escaped(method), ", ".join(f"{rate:g}: {score:.3f}" for rate, score in rates.items())]
+        for method, rates in tried_rates(comparison).items()
     ]
     return table(["method", "rate: score"], cells)
 

@@ -118,6 +118,22 @@ def selection(image: float, text: float) -> float:
     return harmonic_mean(image, text) or min(image, text)
 
 
+def tried_rates(comparison: Comparison) -> dict[str, dict[float, float]]:
+    """Method -> rate -> the mean score that rates are chosen by, of the runs on other seeds and prompts."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in comparison.rate_runs:
+        scores = run["scores"]
+        own, text = (
+            scores["networks"].get(name, {}).get("figures", {}) for name in (comparison.fidelity, comparison.text)
+        )
+        if "image" in own and "text" in text:
+            score = selection(own["image"]["value"], text["text"]["value"])
+            found.setdefault(scores["method"], {}).setdefault(scores["learning_rate"], []).append(score)
+    return {
+        method: {rate: sum(own) / len(own) for rate, own in sorted(rates.items())} for method, rates in found.items()
+    }
+
+
 def mean_of(figures: Sequence[Mapping[str, Any]]) -> tuple[float, float | None, float | None]:
     """The mean of a figure over runs with its interval (95 %).
 

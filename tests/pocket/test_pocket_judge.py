@@ -30,7 +30,7 @@ TINY = JudgeSettings(
     held_out_groups=1,
     held_out_landmarks=4,
     held_out_of_class=2,
-    widths=(4, 8, 8, 8),
+    widths=(8, 8, 8, 8),
 )
 
 

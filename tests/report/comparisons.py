@@ -70,8 +70,14 @@ def made_up(folder: Path, concepts=("castle", "canal"), seeds=(0, 1), images_per
                         "losses": [(step, 1.0 / step) for step in (1, 2, 3, 4)],
                     }  # fmt: skip
                 runs.append(run)
+    tried = [
+        {"scores": {"method": "lora", "learning_rate": rate, "networks": {"clip": {"figures": {
+            "image": figure(value), "text": figure(value)
+        }}}}}
+        for rate, value in ((1e-3, 0.4), (3e-3, 0.5), (1e-3, 0.5))
+    ]  # fmt: skip
     return Comparison(
         base="pocket", methods=METHODS, concepts=concepts, prompts=PROMPTS, shown_prompts=(0, 1), scales=SCALES,
         scale_prompts=(0, 1, 2), images_per_prompt=images_per_prompt, fidelity="clip", text="clip", against="atoms",
-        runs=runs, rate_runs=(), failed={"castle/oft/seed-0": "error | with <signs>"},
+        runs=runs, rate_runs=tried, failed={"castle/oft/seed-0": "error | with <signs>"},
     )  # fmt: skip

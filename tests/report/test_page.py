@@ -130,6 +130,13 @@ def test_the_strength_slider_shows_each_strength(page):
     assert source(page, "#strength img") == "images/castle/lora/seed-0/scale-0.5-00-0.webp"
 
 
+def test_differences_in_pairs_and_tried_rates_are_shown(page):
+    rows = [row.split("\t") for row in page.locator("#differences tbody").inner_text().split("\n")]
+    assert [row[1] for row in rows] == ["lora", "token"] * 2
+    assert rows[0][2].startswith("+0.100 +0.100 to +0.100")
+    assert page.locator("#rates tbody").inner_text().split() == ["lora", "0.001", "0.450", "lora", "0.003", "0.500"]
+
+
 def test_a_phone_needs_no_sideways_scrolling(page):
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_timeout(300)
