@@ -53,7 +53,7 @@ def setting(
         positional: the command line gives it without its name.
         aliases: other names of the flag and YAML key; a mapping gives the value that such a switch stands for.
         environment: variable by which `accelerate launch` sets the same.
-        file: names a file; in a YAML file it counts from there, where such a file is there.
+        file: names a file; in a YAML file it counts from there, where such a file is there. The word none is no file.
         needs: what it does nothing without: another setting, as "dataset_name", or some values of it, as
             "loss_type=huber|smooth_l1".
     """
@@ -364,7 +364,8 @@ def _kind(owner: type, name: str) -> type:
 
 def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
     meta = field.metadata
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not str):
+    said_none = isinstance(value, str) and value.lower() in ("none", "null") and (kind is not str or meta["file"])
+    if value is None or said_none:  # a file of that name is ./none
         if field.default is None and (meta["unless"] or not meta["required"]):
             return None
         raise ValueError(f"None is not allowed, {_allowed(meta, kind)}")

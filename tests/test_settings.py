@@ -173,6 +173,11 @@ def test_a_file_named_in_a_configuration_counts_from_there(tmp_path, monkeypatch
     assert Path(config.images.prompts_file).resolve() == folder / "templates.txt"
 
 
+def test_the_word_none_switches_a_file_off():
+    assert resolve(TrainConfig, {"prompts_file": "none"}, "pocket/castle").images.prompts_file is None
+    assert resolve(TrainConfig, {"prompts_file": "./none"}, "pocket/castle").images.prompts_file == "./none"
+
+
 def test_packaged_files_go_by_short_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve(TrainConfig, {}, "pocket/castle").text.placeholder_token == "<castle>"
