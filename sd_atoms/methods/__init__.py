@@ -1,10 +1,12 @@
 """The ways of training: PEFT tuners of ours beside filter atoms, and the registry of all methods.
 
-Importing this package makes PEFT know `SelectiveConfig`, `DiffFitConfig`, `LoraConvConfig` and `LycorisConfig`.
+Importing this package makes PEFT know `SelectiveConfig`, `DiffFitConfig`, `LoraConvConfig`, `LycorisConfig` and
+`ImportedConfig`.
 """
 
 from sd_atoms.methods.config import TunerType
 from sd_atoms.methods.difffit import DiffFitConfig, DiffFitModel
+from sd_atoms.methods.imported import ImportedConfig, ImportedModel
 from sd_atoms.methods.lora_conv import LoraConvConfig, LoraConvModel
 from sd_atoms.methods.lycoris import LycorisConfig, LycorisModel
 from sd_atoms.methods.method import KINDS, Method, Sized, find_budget
@@ -16,10 +18,12 @@ register_tuner(SelectiveConfig, SelectiveModel, TunerType.SELECTIVE.value)
 register_tuner(DiffFitConfig, DiffFitModel, TunerType.DIFFFIT.value)
 register_tuner(LoraConvConfig, LoraConvModel, TunerType.LORA_CONV.value)
 register_tuner(LycorisConfig, LycorisModel, TunerType.LYCORIS.value)
+register_tuner(ImportedConfig, ImportedModel, TunerType.IMPORTED.value)
 
 __all__ = [
     "KINDS",
     "DiffFitConfig",
+    "ImportedConfig",
     "LoraConvConfig",
     "LycorisConfig",
     "Method",

@@ -13,6 +13,7 @@ class TunerType(str, Enum):
     DIFFFIT = "DIFFFIT"
     LORA_CONV = "LORA_CONV"
     LYCORIS = "LYCORIS"
+    IMPORTED = "IMPORTED"
 
 
 @dataclass

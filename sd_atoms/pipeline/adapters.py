@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft.mapping
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,21 +16,19 @@ from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import add_adapter, set_adapters
 from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import (
     TEXT,
     Artefact,
-    by_layer,
-    layer_and_part,
     read_artefact,
     write_artefact,
 )
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
+from sd_atoms.pipeline.fitting import fitting, touched_layers
 from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
-from sd_atoms.tuner import AtomsConfig, AtomsLayer, check_swap, layer_plan, swap_adapter
+from sd_atoms.tuner import AtomsLayer, check_swap, swap_adapter
 
 # peft_type -> how other numbers are checked and written over those of a loaded adapter, in place
 SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}
@@ -145,17 +142,15 @@ def load_adapter(
             since), a number is not finite, or the pipeline is offloaded to the meta device.
 
     Warns:
-        AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance.
+        AtomsWarning: the base is another fine-tune of the same architecture; the message gives the distance. Or
+            `fitting` leaves something out.
     """
     artefact = source if isinstance(source, Artefact) else read_artefact(source, revision)
-    label, config, text_config = artefact.source, artefact.config, artefact.text_config
     _check_name(pipe, artefact, adapter_name, hotswap)
-    _check_finite(artefact, label)
+    _check_finite(artefact, artefact.source)
     unet, text_encoder = network(pipe, "unet"), network(pipe, "text_encoder")
-    if config is not None:
-        _check_layers(label, "this base", unet, config, artefact.state)
-    if text_config is not None:
-        _check_layers(label, "this base's text encoder", text_encoder, text_config, artefact.text_state)
+    artefact = fitting(artefact, unet, text_encoder)
+    label, config, text_config = artefact.source, artefact.config, artefact.text_config
     if hotswap:
         try:
             _check_swap(unet, adapter_name, config, artefact.state)
@@ -242,20 +237,6 @@ def _check_finite(artefact: Artefact, label: str) -> None:
         )
 
 
-def touched_layers(model: nn.Module, state: Iterable[str]) -> list[str]:
-    """The layers with a weight that the entries of a state are of."""
-    layers = {name for name, module in model.named_modules() if hasattr(module, "weight")}
-    return [name for name in dict.fromkeys(_layer_of(key, layers) for key in state) if name in layers]
-
-
-def _layer_of(key: str, layers: Collection[str]) -> str:
-    """The layer of "<layer>.<part>", where parts may have dots too; where there is none, as of atoms or LoRA."""
-    name = key
-    while name and name not in layers:
-        name = name.rpartition(".")[0]
-    return name or layer_and_part(key)[0]
-
-
 def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
     """layer -> its base weight, without adapters."""
     modules = dict(model.named_modules())
@@ -300,57 +281,6 @@ def _check_name(pipe, artefact: Artefact, adapter_name: str, hotswap: bool) -> N
 def _kind(config: PeftConfig | None) -> str:
     """Its peft_type; PEFT's own are members of an enumeration, ours of another or plain words."""
     return "nothing" if config is None else str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def _check_layers(label: str, place: str, model: nn.Module, config: PeftConfig, state) -> None:
-    modules, layers = dict(model.named_modules()), touched_layers(model, state)
-    taken = [name for name in layers if _carries_others(modules[name], config)]
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    if taken:
-        expected = found
-    elif isinstance(config, AtomsConfig):
-        expected = _atoms_shapes(modules, config, by_layer(state))
-    else:
-        try:
-            expected = adapter_shapes(model, config)
-        except UserError as error:
-            raise UserError(f"{label}: it does not fit {place} ({error})") from error
-    wrong = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
-    misfits = list(dict.fromkeys(_layer_of(key, layers) for key in wrong))
-    held, told = ({_layer_of(key, layers) for key in keys} for keys in (found, expected))
-    broken = [key for key in wrong if (key in found) != (key in expected) and _layer_of(key, layers) in held & told]
-    count = len(held)
-    for names, text in (
-        (taken, f"{len(taken)} of its layers carry adapters of another kind in {place}; delete those first"),
-        (broken, f"corrupt, it lacks or does not know {len(broken)} tensors of its layers"),
-        (misfits, f"made for another architecture, {len(misfits)} of its {count} layers do not fit {place}"),
-    ):
-        if names:
-            raise UserError(f"{label}: {text} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
-
-
-def _atoms_shapes(modules: Mapping[str, nn.Module], config: AtomsConfig, names: Iterable[str]) -> dict[str, tuple]:
-    """`adapter_shapes` of atoms in those layers, as far as they take them; fast, for hot-swaps."""
-    expected = {}
-    for name in names:
-        layer = modules.get(name)
-        try:
-            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            shapes = layer_plan(config, name, layer).shapes(layer, config.train_beta)
-        except ValueError:
-            continue
-        expected |= {f"{name}.{part}": shape for part, shape in shapes.items()}
-    return expected
-
-
-def _carries_others(layer: nn.Module | None, config: PeftConfig) -> bool:
-    """Whether a layer has adapters of another kind: of two kinds in one layer, the outer does not see the inner."""
-    own = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
-    while isinstance(layer, BaseTunerLayer):
-        if not isinstance(layer, own) and layer._get_available_adapters():
-            return True
-        layer = layer.base_layer
-    return False
 
 
 def _check_swap(model: nn.Module, adapter_name: str, config: PeftConfig, state) -> None:

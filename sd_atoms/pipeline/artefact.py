@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, kept_settings, peft_config, plain_settings
+from sd_atoms.pipeline.foreign import read_foreign
 from sd_atoms.pipeline.lora import LORA_KEYS
 from sd_atoms.pipeline.tokens import row_from_text, row_to_text
 from sd_atoms.sources import resolve_source
@@ -36,6 +37,7 @@ from sd_atoms.tuner import AtomsConfig
 
 ATOMS_FORMAT, FORMAT = 1, 2
 HEADER = "sd_atoms"
+IMPORTED = "imported"  # the method of what another program made
 TEXT = "text_encoder"
 ROWS = "token_rows"
 CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
@@ -66,7 +68,7 @@ class Artefact:
     atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     text_config, text_state: the same of the text encoder's adapter, if there is one. source: where it was read, for
-    messages. size_bytes: of the files it was read from.
+    messages. size_bytes: of the files it was read from. left_over: keys of another program's file that say nothing.
     """
 
     config: PeftConfig | None
@@ -77,6 +79,7 @@ class Artefact:
     text_state: dict[str, torch.Tensor] = field(default_factory=dict)
     source: str = "adapter"
     size_bytes: int | None = None
+    left_over: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """One line, without the numbers."""
@@ -215,14 +218,24 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
 def _read_file(path: Path) -> Artefact:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")
-    tensors, about = _read_tensors(path)
+    tensors, metadata, about = _read_tensors(path)
     if about is None:
+        made = read_foreign(path, tensors, metadata)
+        if made is not None:
+            about = {"method": IMPORTED, "tokens": dict.fromkeys(made.tokens, "")}
+            return Artefact(
+                made.config, made.state, made.tokens, about, made.text_config, made.text_state,
+                left_over=tuple(made.left_over),
+            )  # fmt: skip
         hint = (
             "; a checkpoint of a run is taken by `sd-atoms generate`, drift, inspect and share"
             if "checkpoint" in path.name
             else ""
         )
-        raise UserError(f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header{hint})")
+        raise UserError(
+            f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header{hint}), and "
+            "no keys as kohya, LyCORIS, ComfyUI or diffusers write them"
+        )
     text_state = {key.removeprefix(f"{TEXT}."): v for key, v in tensors.items() if key.startswith(f"{TEXT}.")}
     try:
         if about.get("format", 0) <= ATOMS_FORMAT:
@@ -260,7 +273,7 @@ def _stacked_atoms(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 
 
 def _read_folder(folder: Path) -> Artefact:
-    tokens, about = _read_tensors(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else ({}, None)
+    tokens, _, about = _read_tensors(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else ({}, {}, None)
     config, state = None, {}
     if about is None or any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
         config, state, about = _read_adapter(folder)
@@ -284,7 +297,7 @@ def _read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor], di
         settings.get("peft_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_path}: missing or not a JSON object ({error})") from error
-    tensors, about = _read_tensors(weights)
+    tensors, _, about = _read_tensors(weights)
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     return _made_config(config_path, settings, state, weights), state, about
 
@@ -312,8 +325,8 @@ def _made_config(
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """The tensors of a safetensors file, half precision widened to float32, and its "sd_atoms" header entry."""
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any] | None]:
+    """The tensors of a safetensors file, half precision widened to float32, its header and the "sd_atoms" entry."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -325,7 +338,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
         raise UserError(f"{path}: corrupt, its header says nothing sensible about format")
     if about is not None and about.get("format", 0) > FORMAT:
         raise UserError(f"{path}: written in a newer format than {FORMAT}; update sd-atoms")
-    return {key: value.float() for key, value in tensors.items()}, about
+    return {key: value.float() for key, value in tensors.items()}, metadata, about
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, header: dict[str, str]) -> None:

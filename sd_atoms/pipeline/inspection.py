@@ -16,11 +16,12 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
-from sd_atoms.pipeline.adapters import base_weight, base_weights, touched_layers
+from sd_atoms.pipeline.adapters import base_weight, base_weights
 from sd_atoms.pipeline.architectures import build_unet, unet_config
 from sd_atoms.pipeline.artefact import TEXT, Artefact
 from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
 from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
+from sd_atoms.pipeline.fitting import touched_layers
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
