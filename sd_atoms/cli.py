@@ -30,6 +30,7 @@ COMMANDS = (
     "sweep",
     "inspect",
     "share",
+    "export",
     "bench",
     "pretrain-pocket",
 )

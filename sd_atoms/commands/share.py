@@ -5,10 +5,7 @@ is written again without.
 """
 
 import shlex
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from sd_atoms.errors import UserError
-from sd_atoms.files import parse_json, write_text
+from sd_atoms.files import parse_json, replacing_folder, write_text
 from sd_atoms.generation.png import image_notes, save_image
 from sd_atoms.pipeline.artefact import CONFIG_FILE, TOKENS_FILE, Artefact, read_artefact, write_artefact
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
@@ -104,7 +101,7 @@ def write_share_folder(run: Path, repo_id: str | None, checkpoint: Path | None =
     drawn, grids = _pictures(run / IMAGES) if finished else ([], [])
     shown = _spread(drawn, MOST_PICTURES)
 
-    with _replacing_folder(run / SHARE) as folder:
+    with replacing_folder(run / SHARE) as folder:
         write_artefact(replace(artefact, about=about), folder)
         write_artefact(replace(artefact, about=about), folder / name)
         for path in [*shown, *grids]:
@@ -212,28 +209,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, got a {type(value).__name__}")
     return value
-
-
-@contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `folder` on a clean exit; on any error what stood there stays."""
-    work = None
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file; a folder is to be written there")
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        new, old = work / "new", work / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)

@@ -36,8 +36,8 @@ class Method:
         settings: the names of the flags that are this method's.
         default_target: a named set of layers; None where the method leaves no choice.
         size: the setting that `find_budget` moves: 1, 2, 3, … -> settings whose counts rise; None beyond the last.
-        exports: what a trained adapter can be written as, exactly: lora (kohya's and diffusers' LoRA), lycoris,
-            diff (differences of weights), checkpoint (a merged base), embedding.
+        exports: what `sd-atoms export` can write a trained adapter as: lora (kohya's and diffusers' LoRA), diff
+            (differences of weights), checkpoint (a merged base), comfy (a matrix B of each layer), words.
         portable: whether an adapter means something on another base of the same architecture.
         linear: whether the changes of several adapters, and of one by its strength, add up.
     """

@@ -179,8 +179,7 @@ def _ranked(*more_settings: str) -> dict[str, Any]:
     return dict(settings=("rank", "alpha", *more_settings), size=_rank_size, **_always("lora"))
 
 
-MATRICES = ("lora", "diff", "checkpoint")
-HADAMARD = ("lycoris", "diff", "checkpoint")
+WEIGHTS = ("lora", "diff", "checkpoint")  # of convolutions and Linear layers alone
 OWN_PARAMETERS = dict(default_target="all", exports=("diff", "checkpoint"), portable=False)
 
 METHODS = {
@@ -196,14 +195,14 @@ METHODS = {
             settings=ATOMS_SETTINGS,
             default_target="conv3x3",
             size=_atoms_size,
-            exports=("diff", "checkpoint"),
+            exports=("comfy", *WEIGHTS),
         ),
         Method(
             name="lora",
             help="LoRA of PEFT, by default on the projections of the attention",
             build=_lora,
             default_target="attn",
-            exports=MATRICES,
+            exports=WEIGHTS,
             **_ranked(),
         ),
         Method(
@@ -211,7 +210,7 @@ METHODS = {
             help="LoRA of PEFT on the 3×3 convolutions: r filters, mixed by a 1×1 convolution",
             build=_lora,
             default_target="conv3x3",
-            exports=MATRICES,
+            exports=WEIGHTS,
             **_ranked(),
         ),
         Method(
@@ -219,7 +218,7 @@ METHODS = {
             help="LoRA as microsoft/LoRA has it for convolutions: B·A viewed as the filters",
             build=_lora_conv,
             default_target="conv3x3",
-            exports=MATRICES,  # as LoRA it has rank r·k²
+            exports=WEIGHTS,  # as LoRA it has rank r·k²
             **_ranked(),
         ),
         Method(
@@ -227,7 +226,7 @@ METHODS = {
             help="LoHa of PEFT: the product, entry by entry, of two low-rank matrices",
             build=_loha,
             default_target="conv3x3",
-            exports=HADAMARD,
+            exports=WEIGHTS,
             **_ranked(),
         ),
         Method(
@@ -235,7 +234,7 @@ METHODS = {
             help="LoKr of PEFT: a Kronecker product, one side of low rank",
             build=_lokr,
             default_target="conv3x3",
-            exports=HADAMARD,
+            exports=WEIGHTS,
             **_ranked("factor"),
         ),
         Method(
@@ -245,7 +244,7 @@ METHODS = {
             settings=("block_size",),
             default_target="attn",
             size=_oft_size,
-            exports=("diff", "checkpoint"),
+            exports=WEIGHTS,
             linear=False,
             **_always("lora"),
         ),
@@ -254,7 +253,7 @@ METHODS = {
             help="LoCon by LyCORIS' own maths",
             build=_lycoris("locon"),
             default_target="conv3x3",
-            exports=("lora", *HADAMARD),
+            exports=WEIGHTS,
             **_ranked(),
         ),
         Method(
@@ -262,7 +261,7 @@ METHODS = {
             help="LoHa by LyCORIS' own maths",
             build=_lycoris("loha"),
             default_target="conv3x3",
-            exports=HADAMARD,
+            exports=WEIGHTS,
             **_ranked(),
         ),
         Method(
@@ -270,7 +269,7 @@ METHODS = {
             help="LoKr by LyCORIS' own maths",
             build=_lycoris("lokr"),
             default_target="conv3x3",
-            exports=HADAMARD,
+            exports=WEIGHTS,
             **_ranked("factor"),
         ),
         Method(
@@ -293,7 +292,7 @@ METHODS = {
             name="token",
             help="textual inversion: only the embedding rows of the new tokens; the network carries no adapter",
             build=lambda model, settings, target: None,
-            exports=("embedding",),
+            exports=("words",),
             **_always("row"),
         ),
     )

@@ -161,7 +161,7 @@ def load_adapter(
     replace = artefact.tokens if hotswap else _left_over(pipe, adapter_name)
     check_placeholder_rows(pipe, artefact.tokens, replace)
     if config is not None:
-        _check_base(artefact, base_weights(unet, touched_layers(unet, artefact.state)))
+        _check_base(artefact, unet)
 
     _own_tokens(pipe, artefact.tokens, adapter_name, replace)
     parts = [(unet, config, artefact.state), (text_encoder, text_config, artefact.text_state)]
@@ -293,16 +293,25 @@ def _check_swap(model: nn.Module, adapter_name: str, config: PeftConfig, state) 
     check(model, adapter_name, config, state)
 
 
-def _check_base(artefact: Artefact, weights: Mapping[str, torch.Tensor]) -> None:
-    if "fingerprint" not in artefact.about:
-        return  # a folder of plain PEFT does not say what it was trained on
-    label = artefact.source
+def base_distance(artefact: Artefact, unet: nn.Module) -> float | None:
+    """How far the weights that an adapter was trained on are from a network's, as a share of their norm; None where
+    its file does not say, as a folder of plain PEFT.
+
+    Raises:
+        UserError: what the file says cannot be read.
+    """
+    if "fingerprint" not in artefact.about or artefact.config is None:
+        return None
     try:
         theirs = from_text(artefact.about["fingerprint"])
-        apart = distance(_fingerprint(weights), theirs)
+        return distance(_fingerprint(base_weights(unet, touched_layers(unet, artefact.state))), theirs)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{label}: corrupt, its fingerprint of the base cannot be read ({error})") from error
-    if apart <= SAME_BASE:
+        raise UserError(f"{artefact.source}: corrupt, its fingerprint of the base cannot be read ({error})") from error
+
+
+def _check_base(artefact: Artefact, unet: nn.Module) -> None:
+    label, apart = artefact.source, base_distance(artefact, unet)
+    if apart is None or apart <= SAME_BASE:
         return
     base = artefact.about.get("base", "its base")
     text = f"{label}: trained on {base}, whose weights differ from this pipeline's by about {apart:.1%}; "

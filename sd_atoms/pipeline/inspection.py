@@ -16,12 +16,11 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
-from sd_atoms.pipeline.adapters import base_weight, base_weights
+from sd_atoms.pipeline.adapters import base_distance, base_weight
 from sd_atoms.pipeline.architectures import build_unet, unet_config
 from sd_atoms.pipeline.artefact import TEXT, Artefact
+from sd_atoms.pipeline.changes import weight_change
 from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
-from sd_atoms.pipeline.fingerprint import distance, fingerprint, from_text
-from sd_atoms.pipeline.fitting import touched_layers
 from sd_atoms.pipeline.header import find_base, parse_header
 from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
@@ -139,16 +138,11 @@ def inspect_adapter(adapter: str | Path | Artefact, base: str | None = None) -> 
     for layer in layers:
         layer["share"] = layer["energy"] / total if total else 0.0
     blocks = {layer["block"]: [other for other in layers if other["block"] == layer["block"]] for layer in layers}
-    apart = None
-    if "fingerprint" in about:
-        weights = base_weights(pipe.unet, touched_layers(pipe.unet, artefact.state))
-        ours = fingerprint([weights[name] for name in sorted(weights)])
-        apart = distance(ours, from_text(about["fingerprint"]))
     return {
         "adapter": adapter,
         "bytes": artefact.size_bytes,
         "base": base,
-        "distance_to_base": apart,
+        "distance_to_base": base_distance(artefact, pipe.unet),
         "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
         "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
         "method": artefact.method,
@@ -188,13 +182,13 @@ def unet_change(unet: nn.Module, adapter: str = "default") -> float | None:
     layers = [layer for layer in tuner_layers(unet).values() if hasattr(base_of(layer), "weight")]
     if not layers:
         return None
-    changed = sum(energy(_change(layer, adapter)) for layer in layers)
+    changed = sum(energy(weight_change(layer, adapter)) for layer in layers)
     return root_ratio(changed, sum(energy(base_weight(layer)) for layer in layers), 0.0)
 
 
 def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict[str, Any]:
     weight = base_weight(layer).detach()
-    change = _change(layer, adapter)
+    change = weight_change(layer, adapter)
     terms = layer.change_terms(adapter) if isinstance(layer, AtomsLayer) else ()
     kernel = tuple(weight.shape[2:])
     spatial = math.prod(kernel) > 1
@@ -227,21 +221,6 @@ def _measure(name: str, layer: BaseTunerLayer, adapter: str = "default") -> dict
     if adapter in layer.atoms_block_delta:
         entry["block_atom_changes"] = atom_changes(layer.atoms_block_delta[adapter] * strength).tolist()
     return _finite(entry)
-
-
-def _change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
-    """What an adapter adds to the weight of a layer; of PEFT's own tuners, whose `get_delta_weight` means what they
-    like, by merging it."""
-    if isinstance(layer, (AtomsLayer, TunedLayer)):
-        return layer.get_delta_weight(adapter)
-    weight = layer.get_base_layer().weight
-    before = weight.data
-    weight.data = before.float().clone()  # in half precision a small change is lost in rounding
-    layer.merge(adapter_names=[adapter])
-    change = weight.data - before
-    layer.merged_adapters.clear()
-    weight.data = before
-    return change
 
 
 def _bias_change(layers: Iterable[BaseTunerLayer], adapter: str = "default") -> float | None:

@@ -46,7 +46,7 @@ def test_a_method_names_what_others_need(name):
     assert "\n" not in method.help
     assert set(method.main_kinds) <= set(method.rates) <= set(KINDS)
     assert all(0 < rate < 1 for rate in method.rates.values())
-    assert set(method.exports) <= {"lora", "lycoris", "diff", "checkpoint", "embedding"}
+    assert set(method.exports) <= {"lora", "diff", "checkpoint", "comfy", "words"}
     assert method.portable == (name not in ("difffit", "bitfit", "norm", "full"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "other"

@@ -1,0 +1,218 @@
+"""Writes an adapter for other programs: as LoRA, differences of weights, a merged model, for ComfyUI, as words.
+
+Without --to it prints what each kind is, how large, how exact and for which programs. Several adapters, with commas
+between them, become one file.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sd_atoms.errors import UserError
+from sd_atoms.files import replacing, safe_name
+from sd_atoms.pipeline import DTYPES, open_base
+from sd_atoms.pipeline.checkpoint import merge_into, write_checkpoint
+from sd_atoms.pipeline.comfy import NODE, write_comfy
+from sd_atoms.pipeline.export import ReadBack, file_bytes, write_lora, write_tensors
+from sd_atoms.pipeline.gather import Contents, gather, refusal
+from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.report.table import text_table
+from sd_atoms.settings import setting
+from sd_atoms.training.adapter import open_adapter
+
+WHAT, HOW = "what to export", "how to write it"
+KINDS = ("comfy", "checkpoint", "lora", "diff", "words")
+PROGRAMS = "ComfyUI, A1111, Forge, InvokeAI, stable-diffusion.cpp"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sd-atoms export`."""
+
+    adapter: str = setting(
+        None,
+        WHAT,
+        "a run, an adapter's folder or .safetensors file, of any program, a checkpoint or a hub id; several with "
+        "commas between them",
+        required=True,
+        positional=True,
+    )
+    pretrained_model_name_or_path: str | None = setting(
+        None, WHAT, "the base; none = the one it was trained on", aliases=["base"]
+    )
+    other_base: bool = setting(False, WHAT, "also where the base is another than the adapter's")
+    strength: str = setting("1", WHAT, "of the adapter; of several one number for all, or one each: 0.7,0.5")
+
+    to: str | None = setting(None, HOW, f"kinds, with commas between them: {', '.join(KINDS)}; none = tell about them")
+    dtype: str = setting("fp16", HOW, "of the numbers written", choices=tuple(DTYPES))
+    lossy_rank: int | None = setting(None, HOW, "of lora: the nearest LoRA of this rank; none = exact", low=1)
+    name: str | None = setting(None, HOW, "what the files are called; none = as the run or the file")
+    out: str | None = setting(None, HOW, "folder for them; none = `export` in the run or beside the file")
+    overwrite: bool = setting(False, HOW, "replace files that are there")
+
+
+def run(settings: Settings) -> None:
+    """Writes the files and says how exact they are, or prints the table of kinds.
+
+    Raises:
+        UserError: something in the settings is wrong, the adapter has no such form, its base is another one, or a
+            file is there or cannot be written.
+    """
+    sources, strengths = _sources(settings)
+    kinds = [] if settings.to is None else [kind.strip() for kind in settings.to.split(",")]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UserError(f"--to {settings.to}: {unknown[0]!r} is not one of {', '.join(KINDS)}")
+    if settings.lossy_rank is not None and "lora" not in kinds:
+        raise UserError("--lossy_rank is only for --to lora")
+    name = safe_name(settings.name or _name(sources[0]))
+    place = Path(sources[0]).expanduser()
+    out = Path(settings.out) if settings.out else (place if place.is_dir() else place.parent) / "export"
+    paths = {kind: [out / file for file in _files(kind, name)] for kind in kinds}
+    _refuse_existing([path for own in paths.values() for path in own], settings.overwrite)
+    artefacts = [open_adapter(source, settings.pretrained_model_name_or_path) for source in sources]
+    base = find_base(settings.pretrained_model_name_or_path, sources[0], parse_header(sources[0], artefacts[0].about))
+    contents = gather(artefacts, strengths, base, settings.other_base)
+    refused = {kind: reason for kind in KINDS if (reason := refusal(kind, artefacts, contents))}
+    for kind in kinds:
+        if kind in refused:
+            raise UserError(f"--to {kind}: {refused[kind]}")
+    if "words" in kinds:
+        _refuse_existing([_word_path(out, token) for token in contents.tokens], settings.overwrite)
+    if not kinds:
+        print(_overview(contents, refused, DTYPES[settings.dtype]))
+        return
+    dtype, told = DTYPES[settings.dtype], []
+    header = {"ss_network_module": "networks.lora", "ss_base_model_version": contents.sd, "ss_output_name": name}
+    header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
+    for kind in kinds:
+        if kind in ("lora", "diff"):
+            (path,) = paths[kind]
+            size = file_bytes(contents.layers, kind, dtype, settings.lossy_rank if kind == "lora" else None)
+            print(f"{path}: {_size(size)} …", flush=True)
+            rank = settings.lossy_rank if kind == "lora" else None
+            found = write_lora(path, contents.layers, kind, dtype, contents.modules, header, rank)
+            told += [_written(path, found, "lossy" if rank else None)]
+            if rank:
+                told += [f"  {layer}: {error:.1%} of its change lost" for layer, error in found.errors.items()]
+        elif kind == "comfy":
+            path, node = paths[kind]
+            told += [_written(path, write_comfy(path, contents.mixed, contents.weights, contents.layers, header))]
+            with replacing(node) as temporary:
+                shutil.copyfile(NODE, temporary)
+            told += [f"{node}: put it into ComfyUI/custom_nodes"]
+        elif kind == "words":
+            told += _write_words(out, contents.tokens)
+        else:
+            file, folder = paths[kind]
+            print(f"{file} and {folder}: {_size(contents.checkpoint_numbers * dtype.itemsize)} each …", flush=True)
+            pipe = open_base(base)
+            vocabulary = merge_into(pipe, contents.layers, contents.tokens)
+            found = write_checkpoint(file, folder, pipe, contents.layers, vocabulary, dtype)
+            told += [_written(file, found), f"{folder}: the same for diffusers, its words in the tokenizer"]
+    if contents.tokens and "words" not in kinds and kinds != ["checkpoint"]:
+        told.append(f"its words {' '.join(contents.tokens)} are in none of these: --to words")
+    print("\n".join(told))
+
+
+def _sources(settings: Settings) -> tuple[list[str], list[float]]:
+    whole = Path(settings.adapter).expanduser().exists()  # a path may have a comma in it
+    sources = [settings.adapter] if whole else [source.strip() for source in settings.adapter.split(",")]
+    try:
+        strengths = [float(word) for word in settings.strength.split(",")]
+    except ValueError as error:
+        raise UserError(f"--strength {settings.strength}: numbers with commas between them are allowed") from error
+    strengths = strengths * len(sources) if len(strengths) == 1 else strengths
+    if len(strengths) != len(sources):
+        raise UserError(f"--strength {settings.strength}: {len(strengths)} for {len(sources)} adapters; one each")
+    return sources, strengths
+
+
+def _name(source: str) -> str:
+    path = Path(source).expanduser().resolve()
+    return path.stem if path.suffix == ".safetensors" else path.name
+
+
+def _files(kind: str, name: str) -> list[str]:
+    return {
+        "comfy": [f"{name}-comfy.safetensors", NODE.name],
+        "checkpoint": [f"{name}-checkpoint.safetensors", f"{name}-checkpoint"],
+        "lora": [f"{name}-lora.safetensors"],
+        "diff": [f"{name}-diff.safetensors"],
+        "words": [],
+    }[kind]
+
+
+def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -> str:
+    biases = any("bias" in change.values and not change.norm for change in contents.layers.values())
+    rounding, of_atoms = f"rounded to {_short(dtype)}", sum(mixed.numel() for mixed in contents.mixed.values())
+    about = {
+        "comfy": (of_atoms * 4, "exact", "ComfyUI, with the node that comes with it"),
+        "checkpoint": (contents.checkpoint_numbers * dtype.itemsize, f"the sum {rounding}", f"{PROGRAMS}, diffusers"),
+        "lora": (None, rounding, f"{PROGRAMS}, diffusers"),
+        "diff": (None, rounding, "ComfyUI, stable-diffusion.cpp" if biases else PROGRAMS),
+        "words": (
+            sum(row.numel() for row in contents.tokens.values()) * 2,
+            "rounded to fp16",
+            f"{PROGRAMS}, diffusers",
+        ),
+    }
+    rows = []
+    for kind, (size, exact, programs) in about.items():
+        if kind in refused:
+            rows.append([kind, "-", "-", refused[kind]])
+            continue
+        size = file_bytes(contents.layers, kind, dtype) if size is None else size
+        rows.append([kind, _size(size), exact, programs])
+    best = next((kind for kind in ("comfy", "checkpoint", "words") if kind not in refused), None)
+    words = ",words" if contents.tokens and best != "words" else ""
+    also = "; checkpoint where no node can be put in" if best == "comfy" else ""
+    return "\n".join(
+        [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{words}{also}"]
+    )
+
+
+def _refuse_existing(paths: list[Path], overwrite: bool) -> None:
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        raise UserError(f"{there[0]}: exists; pass --overwrite to replace it, or another --name or --out")
+
+
+def _word_path(out: Path, token: str) -> Path:
+    """Called as no prompt is worded, where A1111 and Forge would replace it, and without < >, where ComfyUI cuts."""
+    return out / f"{safe_name(token.strip('<>'))}-atoms.safetensors"
+
+
+def _write_words(out: Path, tokens: dict[str, torch.Tensor]) -> list[str]:
+    """One file a token, in fp16 whatever the others are, since stable-diffusion.cpp copies bytes."""
+    told = []
+    for token, row in tokens.items():
+        path = _word_path(out, token)
+        write_tensors(path, {"emb_params": row.reshape(1, -1).half()}, {})
+        told += [
+            f"{path}: {token}. In prompts: ComfyUI embedding:{path.stem}; A1111, Forge, stable-diffusion.cpp "
+            f"{path.stem}; InvokeAI <{path.stem}>; diffusers {token}, after load_textual_inversion({str(path)!r}, "
+            f"token={token!r})"
+        ]
+    return told
+
+
+def _written(path: Path, found: ReadBack, how: str | None = None) -> str:
+    layer, error = found.worst
+    return (
+        f"{path}: {_size(path.stat().st_size)}, {len(found.errors)} layers{f', {how}' if how else ''}; read back, its "
+        f"change differs by {error:.2g} of itself at most ({layer})"
+    )
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value is dtype)

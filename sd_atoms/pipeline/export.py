@@ -1,0 +1,216 @@
+"""Writes what adapters change as files for other programs: every layer as LoRA, or as the difference of its weights.
+
+Any change ΔW (o, i·K as a matrix) is a LoRA of full rank: up the identity (o, o), down ΔW, alpha = o, or the other way
+round where that is smaller, so every program that adds LoRA to convolutions adds it exactly. What was trained as
+factors of low rank keeps them. Names are kohya's; what each program needs besides is in docs/programs.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sd_atoms.errors import UserError
+from sd_atoms.files import replacing
+from sd_atoms.formats.keys import TEXT, UNET, kohya_key, parse_keys
+from sd_atoms.formats.names import unet_to_ldm
+from sd_atoms.methods.factors import Factors
+from sd_atoms.methods.imported import changes as changes_of_parts
+from sd_atoms.pipeline.changes import Change
+from sd_atoms.progress import followed
+
+Layers = Mapping[tuple[str, str], Change]  # (UNET or TEXT, module) -> what is added to it
+# stable-diffusion.cpp passes these over under diffusers' names
+ALIASED = ("conv_in", "conv_out")
+# by such a layer InvokeAI tells what base a file is for
+KNOWN_BY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """How what was written differs from the change itself.
+
+    worst: the largest ‖ΔW' − ΔW‖/‖ΔW‖ of a layer, and which it is. errors: of every layer.
+    """
+
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        return max(self.errors.items(), key=lambda item: item[1])
+
+
+def has_lora_form(layers: Layers) -> bool:
+    """Whether weights of convolutions and Linear layers are all that changes."""
+    return bool(layers) and all(change.values.keys() == {"weight"} and not change.norm for change in layers.values())
+
+
+def lora_parts(change: Change, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """lora_up, lora_down and alpha of a layer's change.
+
+    Args:
+        change: of the weight alone.
+        rank: the nearest of this rank instead, where the full one is larger.
+    """
+    weight = change.values["weight"]
+    taps = (1,) * (weight.dim() - 2)
+    o, columns = len(weight), weight[0].numel()
+    ranks = sum(len(factors.down) for factors in change.factors)
+    if rank is not None and rank < (ranks or min(o, columns)):
+        # the nearest in the least-squares sense, by Eckart and Young
+        u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        root = s[:rank].sqrt()
+        up, down, alpha = u[:, :rank] * root, root[:, None] * v[:rank], rank
+    elif 0 < ranks <= min(o, columns):
+        up, down, alpha = _joined(change.factors)
+    elif o <= columns:
+        up, down, alpha = torch.eye(o), weight.flatten(1), o
+    else:
+        up, down, alpha = weight.flatten(1), torch.eye(columns), columns
+    return {
+        "lora_up": up.reshape(o, -1, *taps),
+        "lora_down": down.reshape(-1, *weight.shape[1:]),
+        "alpha": torch.tensor(float(alpha)),
+    }
+
+
+def _joined(factors: list[Factors]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Up, down and alpha of a sum of products, which is one of the sum of their ranks."""
+    if len(factors) == 1:
+        return factors[0].up.flatten(1), factors[0].down.flatten(1), factors[0].scale * len(factors[0].down)
+    up = torch.cat([own.up.flatten(1).float() * own.scale for own in factors], dim=1)
+    down = torch.cat([own.down.flatten(1).float() for own in factors])
+    return up, down, len(down)
+
+
+def diff_parts(change: Change) -> dict[str, torch.Tensor]:
+    """diff and diff_b of a layer's change, or w_norm and b_norm, which A1111 takes together alone."""
+    if not change.norm:
+        names = {"weight": "diff", "bias": "diff_b"}
+        return {names[parameter]: value for parameter, value in change.values.items()}
+    like = next(iter(change.values.values()))
+    return {
+        part: change.values.get(parameter, torch.zeros_like(like))
+        for part, parameter in (("w_norm", "weight"), ("b_norm", "bias"))
+    }
+
+
+def file_bytes(layers: Layers, kind: str, dtype: torch.dtype, rank: int | None = None) -> int:
+    """How large a file of kind "lora" or "diff" is, its header aside."""
+    count = 0
+    for change in layers.values():
+        if kind == "diff":
+            count += sum(value.numel() for value in diff_parts(change).values())
+            continue
+        weight = change.values["weight"]
+        o, columns = len(weight), weight[0].numel()
+        ranks = sum(len(factors.down) for factors in change.factors)
+        full = ranks if 0 < ranks <= min(o, columns) else min(o, columns)
+        count += (full if rank is None else min(full, rank)) * (o + columns)
+    return count * dtype.itemsize
+
+
+def write_lora(
+    path: Path,
+    layers: Layers,
+    kind: str,
+    dtype: torch.dtype,
+    modules: Mapping[str, torch.Size],
+    metadata: Mapping[str, str],
+    rank: int | None = None,
+) -> ReadBack:
+    """Writes a file of kind "lora" or "diff", then reads it back.
+
+    Args:
+        path: of the file.
+        layers: what is written.
+        kind: "lora" or "diff".
+        dtype: of the numbers.
+        modules: name -> shape of the weight, of all modules of the UNet that have one.
+        metadata: further entries of the header.
+        rank: of a lossy "lora".
+
+    Raises:
+        UserError: the place cannot be written to, a number is too large for the dtype, or what is read back is not
+            what was written.
+    """
+    made = {}
+    for key, change in followed(layers.items(), len(layers), f"making {path.name}", "layer"):
+        made[key] = lora_parts(change, rank) if kind == "lora" else diff_parts(change)
+    if kind == "lora":
+        _share_alpha(made)
+    for key, parts in made.items():
+        made[key] = {part: _rounded(path, key[1], value, part, dtype) for part, value in parts.items()}
+    tensors = {kohya_key(*key, part): value for key, own in made.items() for part, value in own.items()}
+    for name in ALIASED:
+        for part, value in made.get((UNET, name), {}).items():
+            alias = kohya_key(UNET, unet_to_ldm(name), part)
+            tensors[alias] = value.clone()
+    if (UNET, KNOWN_BY) not in layers and KNOWN_BY in modules:
+        o, i = modules[KNOWN_BY]
+        nothing = {"lora_up": torch.zeros(o, 1), "lora_down": torch.zeros(1, i), "alpha": torch.tensor(1.0)}
+        tensors |= {kohya_key(UNET, KNOWN_BY, part): value.to(dtype) for part, value in nothing.items()}
+    write_tensors(path, tensors, metadata)
+    return read_back(path, layers)
+
+
+def _share_alpha(made: Mapping[tuple[str, str], dict[str, torch.Tensor]]) -> None:
+    """Puts alpha into up, and 1 in its place, where layers of attention or of the text encoder have several: diffusers
+    0.42 looks for theirs under other names than it has read them, and takes the most common of all."""
+    alphas = {float(parts["alpha"]) for parts in made.values()}
+    if len(alphas) > 1 and any(place == TEXT or ".attn" in module for place, module in made):
+        for parts in made.values():
+            parts["lora_up"] = parts["lora_up"] * parts["alpha"]
+            parts["alpha"] = torch.tensor(1.0)
+
+
+def _rounded(path: Path, layer: str, value: torch.Tensor, part: str, dtype: torch.dtype) -> torch.Tensor:
+    if part == "alpha":
+        return value
+    rounded = value.detach().to(dtype).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise UserError(f"{path}: the change of {layer} is too large for {dtype}; pass --dtype fp32 or bf16")
+    return rounded.clone()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, all or nothing."""
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
+
+
+@torch.no_grad()
+def read_back(path: Path, layers: Layers) -> ReadBack:
+    """What a file says that each layer's change is, against the change itself.
+
+    Raises:
+        UserError: the file lacks a layer.
+    """
+    errors = {}
+    with safe_open(path, "pt") as file:
+        entries, _ = parse_keys(file.keys())
+        keys = {}
+        for key, (place, module, part) in entries.items():
+            keys.setdefault((place, module), {})[part] = key
+        for name, change in followed(layers.items(), len(layers), f"reading {path.name} back", "layer"):
+            if name not in keys:
+                raise UserError(f"{path}: was written without {name[1]}")
+            parts = {part: file.get_tensor(key).float() for part, key in keys[name].items()}
+            like = change.values.get("weight", next(iter(change.values.values())))
+            found = changes_of_parts(parts, like)
+            errors[name[1]] = relative_error(found, change.values)
+    return ReadBack(errors)
+
+
+def relative_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """‖found − expected‖/‖expected‖ over all parameters; what is missing on a side counts as zero there."""
+    apart, whole = 0.0, 0.0
+    for name in {**found, **expected}:
+        mine, theirs = found.get(name), expected.get(name)
+        difference = theirs if mine is None else mine if theirs is None else mine.view_as(theirs) - theirs
+        apart += float(difference.double().square().sum())
+        whole += 0.0 if theirs is None else float(theirs.double().square().sum())
+    return (apart / whole) ** 0.5 if whole else apart**0.5
