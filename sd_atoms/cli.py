@@ -31,6 +31,7 @@ COMMANDS = (
     "inspect",
     "share",
     "export",
+    "import",
     "bench",
     "pretrain-pocket",
 )

@@ -1,4 +1,4 @@
-"""Says what an adapter changes, layer by layer, or what a UNet has to adapt."""
+"""Says what an adapter changes, layer by layer, or what a UNet has to adapt; of any other file, what it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ from typing import Any
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
+from sd_atoms.pipeline.artefact import is_ours
+from sd_atoms.pipeline.description import describe_file
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
+from sd_atoms.report.description import description_text
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.settings import setting
-from sd_atoms.training.adapter import open_adapter
+from sd_atoms.training.adapter import checkpoint_of, open_adapter
 
 WHAT, RESULT = "what to look at", "result"
 SHOWN = 12
@@ -23,7 +26,11 @@ class Settings:
     """Settings of `sd-atoms inspect`."""
 
     adapter: str | None = setting(
-        None, WHAT, "a folder, one .safetensors file, a run's checkpoint, or a hub id", positional=True
+        None,
+        WHAT,
+        "a folder, one .safetensors file, a run's checkpoint, or a hub id; a file of another program is measured with "
+        "--base, and told about without",
+        positional=True,
     )
     arch: str | None = setting(
         None,
@@ -60,6 +67,13 @@ def run(settings: Settings) -> None:
     if settings.arch:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))
+    elif settings.pretrained_model_name_or_path is None and (path := _foreign_file(settings.adapter)):
+        if settings.plot or settings.top is not None:
+            raise UserError(
+                f"{'--plot' if settings.plot else '--top'}: {path} is measured on a base alone; pass --base"
+            )
+        result = describe_file(path)
+        print(description_text(result))
     else:
         base = settings.pretrained_model_name_or_path
         result = inspect_adapter(open_adapter(settings.adapter, base), base)
@@ -69,6 +83,14 @@ def run(settings: Settings) -> None:
     if settings.plot:
         with replacing(settings.plot) as temporary:
             draw_adapter(result).savefig(temporary, format="png")
+
+
+def _foreign_file(source: str) -> Path | None:
+    """The file that a source is, if no program of ours wrote it."""
+    path = Path(source).expanduser()
+    if not path.is_file() or path.suffix != ".safetensors" or checkpoint_of(source) is not None:
+        return None
+    return None if is_ours(path) else path
 
 
 def draw_adapter(result: Mapping[str, Any]):

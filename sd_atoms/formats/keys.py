@@ -94,16 +94,10 @@ def _entry(place: str, module: str | None, part: str) -> Entry | None:
 
 
 def parse_keys(keys: Iterable[str]) -> tuple[dict[str, Entry], list[str]]:
-    """key -> what it is about, and the keys about nothing known; of two names of one thing the first counts."""
-    entries, left_over, seen = {}, [], set()
-    for key in keys:
-        entry = parse_key(key)
-        if entry is None:
-            left_over.append(key)
-        elif entry not in seen:
-            entries[key] = entry
-            seen.add(entry)
-    return entries, left_over
+    """key -> what it is about, and the keys about nothing known."""
+    parsed = {key: parse_key(key) for key in keys}
+    entries = {key: entry for key, entry in parsed.items() if entry is not None}
+    return entries, [key for key, entry in parsed.items() if entry is None]
 
 
 def is_sdxl(keys: Iterable[str]) -> bool:

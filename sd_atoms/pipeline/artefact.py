@@ -215,6 +215,15 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
     return replace(artefact, source=str(source), size_bytes=size)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file has our header; False also of one that cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def _read_file(path: Path) -> Artefact:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")

@@ -54,7 +54,8 @@ def read_foreign(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         if place == WORD:
             tokens |= _rows(path, key, module, tensors[key])
         else:
-            layers[place][module][part] = _shaped(path, key, part, tensors[key])
+            # under two names, as some programs need it, it is the same thing
+            layers[place][module].setdefault(part, _shaped(path, key, part, tensors[key]))
     _add_alphas(path, layers, metadata)
     made = []
     for place in (UNET, TEXT):

@@ -8,7 +8,14 @@ from helpers import tiny_base
 
 from sd_atoms.pipeline.base import open_base
 
-USERS = ("adapters", "test_export", "test_imported", "sd_atoms.commands.export", "sd_atoms.pipeline.gather")
+USERS = (
+    "adapters",
+    "test_export",
+    "test_imported",
+    "test_inspect_files",
+    "sd_atoms.commands.export",
+    "sd_atoms.pipeline.gather",
+)
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
