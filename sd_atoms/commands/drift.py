@@ -12,7 +12,7 @@ from sd_atoms.generation import Request, generate
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import load_adapter, open_base
-from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import check_drawn_size
 from sd_atoms.report.table import text_table
@@ -31,6 +31,9 @@ class Settings:
         None, MODEL, "run or adapter folder, one .safetensors file, a run's checkpoint, or hub id", required=True
     )
     pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
+    base_config: str | None = setting(
+        None, MODEL, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
+    )
     clip_model_name_or_path: str = setting(
         None, MODEL, "CLIP that compares: pocket:clip, a folder or a hub id", required=True
     )
@@ -58,6 +61,7 @@ def run(settings: Settings) -> None:
         settings.seeds,
         settings.pretrained_model_name_or_path,
         settings.clip_model_name_or_path,
+        settings.base_config,
     )
     accelerator.print(drift_text(result))
     if settings.json:
@@ -65,7 +69,9 @@ def run(settings: Settings) -> None:
     accelerator.end_training()
 
 
-def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None, clip: str) -> dict[str, Any]:
+def measure_drift(
+    adapter: str, prompts_file: str, seeds: str, base: str | None, clip: str, base_config: str | None = None
+) -> dict[str, Any]:
     """Draws unrelated prompts without and with an adapter, and measures how far apart the images are.
 
     Args:
@@ -74,6 +80,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
         seeds: such as "0-3".
         base: what it is loaded into; None takes the base that the adapter's header names.
         clip: what compares: "pocket:clip", a folder or a hub id.
+        base_config: of a base in one file.
 
     Returns:
         `drift`, the mean of (1 − cosine)/2 over all pairs of pictures, 0 if the adapter changes none; `per_prompt`,
@@ -89,7 +96,7 @@ def measure_drift(adapter: str, prompts_file: str, seeds: str, base: str | None,
     base, sampling = find_base(base, adapter, header), header.sampling
     accelerator = make_accelerator()
     features = ClipFeatures(clip, accelerator.device)
-    pipe = open_base(base, device=accelerator.device)
+    pipe = open_base(base, base_config=find_base_config(base_config, adapter, base), device=accelerator.device)
     check_drawn_size(pipe, sampling.resolution)
     load_adapter(pipe, artefact)
     check_lengths(pipe.tokenizer, prompts)

@@ -17,7 +17,7 @@ from sd_atoms.pipeline.checkpoint import merge_into, write_checkpoint
 from sd_atoms.pipeline.comfy import NODE, write_comfy
 from sd_atoms.pipeline.export import ReadBack, file_bytes, write_lora, write_tensors
 from sd_atoms.pipeline.gather import Contents, gather, refusal
-from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
 from sd_atoms.training.adapter import open_adapter
@@ -41,6 +41,9 @@ class Settings:
     )
     pretrained_model_name_or_path: str | None = setting(
         None, WHAT, "the base; none = the one it was trained on", aliases=["base"]
+    )
+    base_config: str | None = setting(
+        None, WHAT, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
     )
     other_base: bool = setting(False, WHAT, "also where the base is another than the adapter's")
     strength: str = setting("1", WHAT, "of the adapter; of several one number for all, or one each: 0.7,0.5")
@@ -74,7 +77,8 @@ def run(settings: Settings) -> None:
     _refuse_existing([path for own in paths.values() for path in own], settings.overwrite)
     artefacts = [open_adapter(source, settings.pretrained_model_name_or_path) for source in sources]
     base = find_base(settings.pretrained_model_name_or_path, sources[0], parse_header(sources[0], artefacts[0].about))
-    contents = gather(artefacts, strengths, base, settings.other_base)
+    base_config = find_base_config(settings.base_config, sources[0], base)
+    contents = gather(artefacts, strengths, base, base_config, settings.other_base)
     refused = {kind: reason for kind in KINDS if (reason := refusal(kind, artefacts, contents))}
     for kind in kinds:
         if kind in refused:
@@ -108,7 +112,7 @@ def run(settings: Settings) -> None:
         else:
             file, folder = paths[kind]
             print(f"{file} and {folder}: {_size(contents.checkpoint_numbers * dtype.itemsize)} each …", flush=True)
-            pipe = open_base(base)
+            pipe = open_base(base, base_config=base_config)
             vocabulary = merge_into(pipe, contents.layers, contents.tokens)
             found = write_checkpoint(file, folder, pipe, contents.layers, vocabulary, dtype)
             told += [_written(file, found), f"{folder}: the same for diffusers, its words in the tokenizer"]

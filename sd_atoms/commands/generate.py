@@ -18,7 +18,7 @@ from sd_atoms.generation import (
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.methods.adapters import adapters_off, set_adapters
 from sd_atoms.pipeline import DTYPES, load_adapter, open_base
-from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.pipeline.sampling import SCHEDULERS
 from sd_atoms.pipeline.sizes import check_drawn_size
 from sd_atoms.report.grid import image_grid
@@ -38,6 +38,9 @@ class Settings:
     )
     adapter_scale: float = setting(1.0, MODEL, "strength of the adapter")
     pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
+    base_config: str | None = setting(
+        None, MODEL, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
+    )
     revision: str | None = setting(None, MODEL, "git revision of the base")
     variant: str | None = setting(None, MODEL, "file variant of the base such as fp16")
     dtype: str = setting("fp32", MODEL, "of the weights", choices=tuple(DTYPES))
@@ -91,7 +94,12 @@ def run(config: Settings) -> Path:
     accelerator = make_accelerator()
     on_main(accelerator, lambda: check_grid(out / GRID, config.overwrite))
     pipe = open_base(
-        base, revision=config.revision, variant=config.variant, dtype=DTYPES[config.dtype], device=accelerator.device
+        base,
+        revision=config.revision,
+        variant=config.variant,
+        base_config=find_base_config(config.base_config, config.adapter, base),
+        dtype=DTYPES[config.dtype],
+        device=accelerator.device,
     )
     check_drawn_size(pipe, sampling.resolution)
     load_adapter(pipe, artefact)

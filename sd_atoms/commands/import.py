@@ -25,6 +25,7 @@ class Settings:
     pretrained_model_name_or_path: str = setting(
         None, WHAT, "the base that it is for", required=True, aliases=["base"]
     )
+    base_config: str | None = setting(None, WHAT, "of a base in one file: a folder or hub id with its configs")
     out: str | None = setting(None, RESULT, "the file or folder to write; none = NAME-imported.safetensors beside it")
     dtype: str = setting("fp32", RESULT, "of the numbers written", choices=tuple(DTYPES))
     overwrite: bool = setting(False, RESULT, "replace what is there")
@@ -47,7 +48,7 @@ def run(settings: Settings) -> Path:
     if artefact.config is not None and not isinstance(artefact.config, ImportedConfig):
         raise UserError(f"{source}: it is an adapter of {artefact.method} already, which every command takes")
     base = settings.pretrained_model_name_or_path
-    pipe = open_base(base)
+    pipe = open_base(base, base_config=settings.base_config)
     loaded = load_adapter(pipe, artefact, "imported")
     about = loaded.about | {"base": public_name(base)}
     save_adapter(pipe, out, "imported", tokens=list(loaded.tokens), dtype=settings.dtype, about=about)

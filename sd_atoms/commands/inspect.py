@@ -41,6 +41,9 @@ class Settings:
     pretrained_model_name_or_path: str | None = setting(
         None, WHAT, "base of the adapter; none = the one it was trained on", aliases=["base"]
     )
+    base_config: str | None = setting(
+        None, WHAT, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
+    )
     top: int | None = setting(None, RESULT, f"print so many layers that changed most; 0 = all, none = {SHOWN}", low=0)
     plot: str | None = setting(None, RESULT, "also draw the atoms and the change of each layer into this PNG file")
     json: str | None = setting(None, RESULT, "also write all numbers to this file")
@@ -57,7 +60,7 @@ def run(settings: Settings) -> None:
     if (settings.adapter is None) == (settings.arch is None):
         raise UserError("inspect takes either an ADAPTER or --arch; see sd-atoms inspect --help")
     if settings.arch:
-        of_adapters = ("pretrained_model_name_or_path", "top", "plot")
+        of_adapters = ("pretrained_model_name_or_path", "base_config", "top", "plot")
         unused = [f"--{name}" for name in of_adapters if getattr(settings, name) is not None]
         if unused:
             raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for --arch")
@@ -76,7 +79,7 @@ def run(settings: Settings) -> None:
         print(description_text(result))
     else:
         base = settings.pretrained_model_name_or_path
-        result = inspect_adapter(open_adapter(settings.adapter, base), base)
+        result = inspect_adapter(open_adapter(settings.adapter, base), base, settings.base_config)
         print(adapter_text(result, SHOWN if settings.top is None else settings.top))
     if settings.json:
         write_json(settings.json, result)

@@ -97,7 +97,13 @@ def run(config: TrainConfig) -> Path:
     scorer = ClipFeatures(config.images.clip_model_name_or_path) if config.images.clip_model_name_or_path else None
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     set_seed(seed)
-    pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
+    pipe = open_base(
+        base,
+        revision=config.base.revision,
+        variant=config.base.variant,
+        base_config=config.base.base_config,
+        device=accelerator.device,
+    )
     config = replaced(config, resolution=training_resolution_px(pipe, config.data.resolution))
     if config.method.budget is not None:
         config = sized(config, pipe.unet)
@@ -314,9 +320,10 @@ def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
     if "tensorboard" in trackers_of(config.output.report_to):
         commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))
     load = "load_atoms" if config.method.chosen().name == "atoms" else "load_adapter"
+    made_like = f", base_config={config.base.base_config!r}" if config.base.base_config else ""
     code = (
         f"from sd_atoms.pipeline import open_base, {load}; "
-        f"pipe = open_base({config.base.pretrained_model_name_or_path!r}); {load}(pipe, {str(adapter)!r}); "
+        f"pipe = open_base({config.base.pretrained_model_name_or_path!r}{made_like}); {load}(pipe, {str(adapter)!r}); "
         f"pipe({concept + ' at night'!r}, guidance_scale={config.images.guidance_scale:g})"
         ".images[0].save('night.png')"
     )

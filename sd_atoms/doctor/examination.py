@@ -50,6 +50,7 @@ def doctor(config: TrainConfig) -> None:
             config.base.pretrained_model_name_or_path,
             revision=config.base.revision,
             variant=config.base.variant,
+            base_config=config.base.base_config,
             device=accelerator.device,
         )
         noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)

@@ -43,7 +43,13 @@ def draw_run(plan: Plan, run: Run, config: TrainConfig, accelerator) -> Pictures
     """
     folder, concept = plan.run_folder(run) / DRAWN, config.all_concepts[0]
     base = config.base.pretrained_model_name_or_path
-    pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
+    pipe = open_base(
+        base,
+        revision=config.base.revision,
+        variant=config.base.variant,
+        base_config=config.base.base_config,
+        device=accelerator.device,
+    )
     digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
     sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
     templates, word = templates_of(plan, run), concept.plain_word if run.stage == PRETRAINED else concept.word

@@ -12,9 +12,12 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from sd_atoms.errors import UserError
+from sd_atoms.pipeline.description import WHOLE_MODEL, describe_file
 from sd_atoms.sources import packaged_path, resolve_source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+                "scheduler/scheduler_config.json", "tokenizer")  # fmt: skip
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -23,15 +26,18 @@ def open_base(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    base_config: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionPipeline:
     """Opens a Stable Diffusion v1/v2 pipeline, from safetensors only, without its safety checker.
 
     Args:
-        name: "pocket", a folder as `save_pretrained` writes it, or a hub id.
+        name: "pocket", a folder as `save_pretrained` writes it, one .safetensors file under LDM's names, or a hub id.
         revision: git revision of a hub id; None = its main branch.
         variant: file variant such as "fp16"; None = the plain files.
+        base_config: of a base in one file, which has no configs and no tokenizer: a folder or hub id that has them, of
+            the same architecture. Where the scheduler predicts v, it says so. None asks the hub, or what is cached.
         dtype: dtype of all weights.
         device: where the weights go.
 
@@ -41,10 +47,12 @@ def open_base(
     quiet_unless_terminal()
     source = str(packaged_path(name) or resolve_source(name, "pretrained_model_name_or_path"))
     if os.path.isfile(source):
-        raise UserError(
-            f"{name}: it is a file, and a base is a folder; make one with "
-            "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder), then pass the folder"
-        )
+        unused = [f"{key}: {value!r}" for key, value in (("revision", revision), ("variant", variant)) if value]
+        if unused:
+            raise UserError(f"{unused[0]} is for a hub id or folder, and {name} is a file")
+        return _checked(name, _open_file(name, Path(source), base_config, dtype), device)
+    if base_config is not None:
+        raise UserError(f"base_config: {base_config!r} is for a base in one file, and {name} is none")
     if revision is not None and os.path.exists(source):
         raise UserError(f"revision: {revision!r} is for a hub id, and {name} is a folder")
     try:
@@ -70,6 +78,15 @@ def open_base(
             feature_extractor=None,
             requires_safety_checker=False,
         )
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever they trip over in a broken file
+        raise UserError(f"{name}: {_reason(source, variant, error)}") from error
+    return _checked(name, pipe, device)
+
+
+def _checked(name: str, pipe: StableDiffusionPipeline, device: str | torch.device) -> StableDiffusionPipeline:
+    try:
         pipe.to(device)
         read, taken = pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings
         if not 0 < read <= taken:
@@ -80,8 +97,10 @@ def open_base(
         _try_out(pipe)
     except UserError:
         raise
-    except Exception as error:  # the libraries raise whatever they trip over in a broken file
-        raise UserError(f"{name}: {_reason(source, variant, error)}") from error
+    except NotImplementedError as error:  # parts of it are on the meta device still
+        raise UserError(f"{name}: it lacks weights ({error})") from error
+    except Exception as error:  # whatever the libraries trip over where a config holds something else
+        raise UserError(f"{name}: its configs and weights do not work together ({_first_line(error)})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -101,6 +120,40 @@ def _try_out(pipe: StableDiffusionPipeline) -> None:
     pipe.vae.decode(stepped.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
 
 
+def _open_file(name: str, path: Path, base_config: str | None, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A pipeline from one file."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{name}: only .safetensors files are read; pickles (.ckpt, .pt, .bin) can run code")
+    found = describe_file(path)
+    if found["kind"] != WHOLE_MODEL:
+        raise UserError(f"{name}: it is no whole model but {found['kind']}")
+    if found["base"] == "SDXL":
+        raise UserError(f"{name}: it is an SDXL model; Stable Diffusion v1 or v2 is needed")
+    source = base_config and str(packaged_path(base_config) or resolve_source(base_config, "base_config"))
+    if source and os.path.isdir(source):
+        lacking = [file for file in CONFIG_FILES if not os.path.exists(os.path.join(source, file))]
+        if lacking:
+            raise UserError(f"base_config: {base_config} lacks {', '.join(lacking)}")
+    try:
+        return StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=source,
+            torch_dtype=dtype,
+            local_files_only=bool(source and os.path.isdir(source)),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except Exception as error:  # the libraries raise whatever they trip over
+        if source and os.path.isdir(source):
+            reason = _first_line(error)
+            raise UserError(f"{name}: does not fit the configs in base_config={base_config} ({reason})") from error
+        raise UserError(
+            f"{name}: the configs and tokenizer of its kind are not in the local cache, and the hub did not provide "
+            "them; pass --base_config, a folder that has them"
+        ) from error
+
+
 def quiet_unless_terminal() -> None:
     """The libraries draw progress bars into log files too; only a terminal gets them."""
     if not sys.stderr.isatty():
@@ -113,9 +166,12 @@ def _reason(source: str, variant: str | None, error: Exception) -> str:
         variants = {file.name.split(".")[-2] for file in Path(source, "unet").glob("*.*.safetensors")}
         if variants and variant not in variants:
             return f"its weights are of variant {', '.join(sorted(variants))} only; pass --variant {min(variants)}"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"cannot be opened as a pipeline folder with safetensors files ({first_line})"
+        return f"cannot be opened as a pipeline folder with safetensors files ({_first_line(error)})"
     return (
         "not in the local cache, and the hub did not provide it (no network, no such id or revision, or a licence to "
         "accept first); pass a local folder, or run once with a network"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

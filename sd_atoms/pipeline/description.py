@@ -14,6 +14,7 @@ from sd_atoms.formats.programs import contents_of, programs
 from sd_atoms.pipeline.foreign import ROW_KEYS
 from sd_atoms.pipeline.single_file import UNET_PREFIX
 
+WHOLE_MODEL = "whole model under LDM's names"
 WIDTHS = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
 RANKED = ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
@@ -44,7 +45,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     found = {"file": str(path), "bytes": path.stat().st_size, "tensors": len(shapes), "dtypes": dict(dtypes)}
     entries, left_over = parse_keys(shapes)
     if any(key.startswith(UNET_PREFIX) for key in shapes):
-        return found | {"kind": "whole model under LDM's names", "base": _base_of_model(shapes)}
+        return found | {"kind": WHOLE_MODEL, "base": _base_of_model(shapes)}
     if len(shapes) == 1 and next(iter(shapes)) in ROW_KEYS:
         rows = next(iter(shapes.values()))
         return found | {"kind": f"word: embedding of {rows[0]} rows", "base": WIDTHS.get(rows[-1])}

@@ -38,7 +38,9 @@ class Contents:
     sd: str = "sd_v1"
 
 
-def gather(artefacts: Sequence[Artefact], strengths: Sequence[float], base: str, other_base: bool) -> Contents:
+def gather(
+    artefacts: Sequence[Artefact], strengths: Sequence[float], base: str, base_config: str | None, other_base: bool
+) -> Contents:
     """What adapters change on a base together, each at its strength.
 
     Raises:
@@ -52,7 +54,7 @@ def gather(artefacts: Sequence[Artefact], strengths: Sequence[float], base: str,
             raise UserError(
                 f"{artefact.source}: changes of {artefact.method} do not add up with others'; export it alone"
             )
-        pipe = open_base(base)  # a new one: two kinds of adapters cannot be in one layer
+        pipe = open_base(base, base_config=base_config)  # a new one: two kinds of adapters cannot be in one layer
         if number == 0:
             _describe(pipe, contents)
         if not other_base:

@@ -92,14 +92,28 @@ def find_base(given: str | None, adapter: str, header: Header) -> str:
         raise UserError(f"pretrained_model_name_or_path is required: {adapter} does not name its base")
     if packaged_path(header.base) or is_hub_id(header.base) or Path(header.base).expanduser().exists():
         return header.base
-    place = Path(adapter).expanduser().resolve()
-    for folder in (place, *place.parents[:2]):
-        config = folder / "config.yaml"
-        if config.is_file():
-            base = read_yaml(config).get("pretrained_model_name_or_path")
-            if isinstance(base, str) and public_name(base) == header.base:
-                return base
+    base = _of_run(adapter).get("pretrained_model_name_or_path")
+    if isinstance(base, str) and public_name(base) == header.base:
+        return base
     raise UserError(
         f"pretrained_model_name_or_path is required: {adapter} was trained on {header.base!r}, which is neither a hub "
         "id nor a folder here"
     )
+
+
+def find_base_config(given: str | None, adapter: str, base: str) -> str | None:
+    """The configs to open a base in one file with: as given, or as the adapter's run says of that base."""
+    if given is not None or not Path(base).expanduser().is_file():
+        return given
+    run = _of_run(adapter)
+    found = run.get("base_config") if run.get("pretrained_model_name_or_path") == base else None
+    return found if isinstance(found, str) else None
+
+
+def _of_run(adapter: str) -> dict[str, Any]:
+    """The config.yaml of the run that an adapter stands in; empty where it stands in none."""
+    place = Path(adapter).expanduser().resolve()
+    for folder in (place, *place.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return read_yaml(folder / "config.yaml")
+    return {}

@@ -21,7 +21,7 @@ from sd_atoms.pipeline.architectures import build_unet, unet_config
 from sd_atoms.pipeline.artefact import TEXT, Artefact
 from sd_atoms.pipeline.changes import weight_change
 from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
-from sd_atoms.pipeline.header import find_base, parse_header
+from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
 from sd_atoms.tuner.shared import base_of
@@ -98,12 +98,15 @@ def trainable_params(modules: Mapping[str, nn.Module], names: Sequence[str], con
 
 
 @torch.no_grad()
-def inspect_adapter(adapter: str | Path | Artefact, base: str | None = None) -> dict[str, Any]:
+def inspect_adapter(
+    adapter: str | Path | Artefact, base: str | None = None, base_config: str | None = None
+) -> dict[str, Any]:
     """Measures what an adapter changes in every layer, in float32 on the CPU, at full strength.
 
     Args:
         adapter: a folder, one .safetensors file, a hub id, or what was read of one.
         base: what it is measured on; None takes the base that the adapter's header names.
+        base_config: of a base in one file; None takes that of the adapter's run.
 
     Returns:
         What the header says; `text_encoder`, which is the `kind`, `layers` and `trained_numbers` of its adapter, or
@@ -125,8 +128,8 @@ def inspect_adapter(adapter: str | Path | Artefact, base: str | None = None) -> 
         raise UserError(f"{adapter}: broken, {len(broken)} of its tensors are not finite ({broken[0]} first)")
     about = artefact.about
     base = find_base(base, adapter, parse_header(adapter, about))
-    pipe = open_base(base)
-    load_adapter(pipe, artefact)
+    pipe = open_base(base, base_config=find_base_config(base_config, adapter, base))
+    artefact = load_adapter(pipe, artefact)
     if artefact.config is None:
         raise UserError(f"{adapter}: it has tokens alone and changes no layer of the UNet")
     modules = {name: layer for name, layer in tuner_layers(pipe.unet).items() if hasattr(base_of(layer), "weight")}

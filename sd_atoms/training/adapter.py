@@ -73,7 +73,10 @@ def open_adapter(source: str, base: str | None = None) -> Artefact:
     if base is not None:
         config = replaced(config, pretrained_model_name_or_path=base, revision=None)
     pipe = open_base(
-        config.base.pretrained_model_name_or_path, revision=config.base.revision, variant=config.base.variant
+        config.base.pretrained_model_name_or_path,
+        revision=config.base.revision,
+        variant=config.base.variant,
+        base_config=config.base.base_config,
     )
     add_adapters(pipe, config)
     rows, _, parameters = trained_parts(pipe, config)

@@ -34,7 +34,13 @@ class BaseSettings:
     """The model that is adapted."""
 
     pretrained_model_name_or_path: str = setting(
-        None, MODEL, "the base: pocket, a folder or a hub id such as CompVis/stable-diffusion-v1-4", required=True
+        None,
+        MODEL,
+        "the base: pocket, a folder, one .safetensors file, or a hub id such as CompVis/stable-diffusion-v1-4",
+        required=True,
+    )
+    base_config: str | None = setting(
+        None, MODEL, "of a base in one file: a folder or hub id with the configs and tokenizer of its kind"
     )
     revision: str | None = setting(None, MODEL, "git revision of a hub id; none = its main branch")
     variant: str | None = setting(None, MODEL, "file variant of the base such as fp16; none = the plain files")
