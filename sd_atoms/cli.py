@@ -32,6 +32,7 @@ COMMANDS = (
     "share",
     "export",
     "import",
+    "extract",
     "bench",
     "pretrain-pocket",
 )

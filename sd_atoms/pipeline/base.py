@@ -154,6 +154,14 @@ def _open_file(name: str, path: Path, base_config: str | None, dtype: torch.dtyp
         ) from error
 
 
+def is_model(name: str) -> bool:
+    """Whether a source is a whole model, in a folder or in one file, and no adapter."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return describe_file(path)["kind"] == WHOLE_MODEL
+    return packaged_path(name) is not None or (path / "model_index.json").is_file()
+
+
 def quiet_unless_terminal() -> None:
     """The libraries draw progress bars into log files too; only a terminal gets them."""
     if not sys.stderr.isatty():

@@ -176,7 +176,7 @@ def rows_of(text):
 def opened(pipe, monkeypatch):
     """`open_base` hands out a pocket that is open already, without its adapter."""
 
-    def open_again(name):
+    def open_again(name, base_config):
         assert name == "pocket"
         if getattr(pipe.unet, "peft_config", None):
             pipe.unet.delete_adapters(list(pipe.unet.peft_config))

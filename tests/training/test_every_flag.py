@@ -49,6 +49,7 @@ PUSHED = dict(push_to_hub=True, hub_model_id="me/castle")
 # name -> another value, where that is not simply another choice, the opposite, or a number beside the default
 OTHER = dict(
     pretrained_model_name_or_path="pocket",
+    base_config="pocket",
     revision="v1",
     variant="fp16",
     instance_data_dir="few",
