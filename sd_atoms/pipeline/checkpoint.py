@@ -19,9 +19,9 @@ def merge_into(pipe, layers: Layers, tokens: Mapping[str, torch.Tensor]) -> int:
     """Adds changes to the weights of a plain float32 pipeline, and the tokens to its vocabulary, in place.
 
     Returns:
-        How many words it had before.
+        How many rows its table of words had before.
     """
-    vocabulary = len(pipe.tokenizer)
+    vocabulary = len(pipe.text_encoder.get_input_embeddings().weight)
     add_placeholder_tokens(pipe, tokens)
     for (place, name), change in layers.items():
         module = getattr(pipe, place).get_submodule(name)

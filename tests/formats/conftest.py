@@ -1,7 +1,7 @@
 """Opening the tiny base is a copy of one that is open, since these tests open it some hundred times."""
 
 import copy
-import sys
+import importlib
 
 import pytest
 from helpers import tiny_base
@@ -9,13 +9,9 @@ from helpers import tiny_base
 from sd_atoms.pipeline.base import open_base
 
 USERS = (
-    "adapters",
-    "test_export",
-    "test_imported",
-    "test_inspect_files",
-    "sd_atoms.commands.export",
-    "sd_atoms.pipeline.gather",
-)
+    "adapters", "test_export", "test_extract", "test_fuzz_files", "test_imported", "test_inspect_files",
+    "sd_atoms.commands.export", "sd_atoms.commands.extract", "sd_atoms.commands.import", "sd_atoms.pipeline.gather",
+)  # fmt: skip
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -32,13 +28,7 @@ def quick_base():
         return own
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (
-            "adapters",
-            "test_export",
-            "test_imported",
-            "sd_atoms.commands.export",
-            "sd_atoms.pipeline.gather",
-        ):
-            if module in sys.modules:
-                patch.setattr(sys.modules[module], "open_base", opened)
+        for module in map(importlib.import_module, USERS):
+            if hasattr(module, "open_base"):
+                patch.setattr(module, "open_base", opened)
         yield
