@@ -14,7 +14,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, safe_name
 from sd_atoms.pipeline import DTYPES, open_base
 from sd_atoms.pipeline.checkpoint import merge_into, write_checkpoint
-from sd_atoms.pipeline.comfy import NODE, write_comfy
+from sd_atoms.pipeline.comfy import NODE, why_not, write_comfy
 from sd_atoms.pipeline.export import ReadBack, file_bytes, write_lora, write_tensors
 from sd_atoms.pipeline.gather import Contents, gather, refusal
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
@@ -76,6 +76,8 @@ def run(settings: Settings) -> None:
     paths = {kind: [out / file for file in _files(kind, name)] for kind in kinds}
     _refuse_existing([path for own in paths.values() for path in own], settings.overwrite)
     artefacts = [open_adapter(source, settings.pretrained_model_name_or_path) for source in sources]
+    if "comfy" in kinds and (reason := why_not([artefact.config for artefact in artefacts])):
+        raise UserError(f"--to comfy: {reason}")
     base = find_base(settings.pretrained_model_name_or_path, sources[0], parse_header(sources[0], artefacts[0].about))
     base_config = find_base_config(settings.base_config, sources[0], base)
     contents = gather(artefacts, strengths, base, base_config, settings.other_base)

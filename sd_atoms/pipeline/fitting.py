@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sd_atoms.errors import AtomsWarning, UserError
-from sd_atoms.methods.imported import ImportedConfig, check_fit
+from sd_atoms.methods.imported import PREFIX, ImportedConfig, check_fit
 from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import Artefact, by_layer, layer_and_part
 from sd_atoms.pipeline.fingerprint import from_text, to_text
@@ -129,6 +129,9 @@ def _problem(place: str, model: nn.Module, config: PeftConfig, state) -> tuple[s
         expected = found
     elif isinstance(config, AtomsConfig):
         expected = _atoms_shapes(modules, config, by_layer(state))
+    elif isinstance(config, ImportedConfig):  # `_fitting_import` has looked at each layer
+        table = config.parts.items()
+        expected = {f"{layer}.{PREFIX}{part}": tuple(shape) for layer, own in table for part, shape in own.items()}
     else:
         try:
             expected = adapter_shapes(model, config)

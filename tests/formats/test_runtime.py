@@ -68,7 +68,7 @@ def drawn(folder, model, *lora):
 
 
 def test_it_draws_the_same_from_the_base_and_the_file_as_from_the_merged_model(base, capsys):
-    file = write_adapter(base / "castle.safetensors", str(base / "base"), "atoms", 0.02)
+    file = write_adapter(base / "castle.safetensors", str(base / "base"), "atoms", 0.2)
     to = ("--to", "lora,diff,checkpoint", "--out", base, "--name", "x")
     assert main(["export", *map(str, (file, *to))]) == 0
     print(capsys.readouterr().out)
