@@ -86,7 +86,7 @@ def run(settings: Settings) -> None:
         if kind in refused:
             raise UserError(f"--to {kind}: {refused[kind]}")
     if "words" in kinds:
-        _refuse_existing([_word_path(out, token) for token in contents.tokens], settings.overwrite)
+        _refuse_existing([_word_path(out, token) for token in _words(contents.tokens)], settings.overwrite)
     if not kinds:
         print(_overview(contents, refused, DTYPES[settings.dtype]))
         return
@@ -186,6 +186,15 @@ def _refuse_existing(paths: list[Path], overwrite: bool) -> None:
         raise UserError(f"{there[0]}: exists; pass --overwrite to replace it, or another --name or --out")
 
 
+def _words(tokens: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """token -> its rows: <castle>_1, <castle>_2 … are the further ones of <castle>."""
+    words: dict[str, list[torch.Tensor]] = {}
+    for token, row in tokens.items():
+        first, _, number = token.rpartition("_")
+        words.setdefault(first if number.isdigit() and first in tokens else token, []).append(row)
+    return words
+
+
 def _word_path(out: Path, token: str) -> Path:
     """Called as no prompt is worded, where A1111 and Forge would replace it, and without < >, where ComfyUI cuts."""
     return out / f"{safe_name(token.strip('<>'))}-atoms.safetensors"
@@ -194,9 +203,9 @@ def _word_path(out: Path, token: str) -> Path:
 def _write_words(out: Path, tokens: dict[str, torch.Tensor]) -> list[str]:
     """One file a token, in fp16 whatever the others are, since stable-diffusion.cpp copies bytes."""
     told = []
-    for token, row in tokens.items():
+    for token, rows in _words(tokens).items():
         path = _word_path(out, token)
-        write_tensors(path, {"emb_params": row.reshape(1, -1).half()}, {})
+        write_tensors(path, {"emb_params": torch.stack(rows).half()}, {})
         told += [
             f"{path}: {token}. In prompts: ComfyUI embedding:{path.stem}; A1111, Forge, stable-diffusion.cpp "
             f"{path.stem}; InvokeAI <{path.stem}>; diffusers {token}, after load_textual_inversion({str(path)!r}, "

@@ -124,6 +124,7 @@ AMOUNTS = {
 }  # fmt: skip
 KEYS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "aspect_ratio_buckets", "block_layers",
+    "base_config",
     "cache_dir", "caption_dropout", "captions", "center_crop", "checkpointing_steps", "checkpoints_total_limit",
     "class_data_dir", "class_prompt", "class_prompts_file", "clip_model_name_or_path", "concepts", "dataset_name",
     "ema_decay", "form", "gradient_checkpointing", "guidance_scale", "holdout_images", "huber_c",

@@ -263,6 +263,16 @@ def test_another_base_is_refused_unless_asked_for(files, tmp_path, capsys):
     assert "expect a weaker likeness" in capsys.readouterr().err
 
 
+def test_rows_of_one_word_are_one_file(tmp_path):
+    tokens = (TOKEN, f"{TOKEN}_1", "<canal_7>")
+    file = write_adapter(tmp_path / "a.safetensors", tiny_base(), "token", tokens=tokens)
+    assert export(file, "--to", "words", "--out", tmp_path) == 0
+    rows = read_artefact(file).tokens
+    word = load_file(tmp_path / "castle-atoms.safetensors")["emb_params"]
+    assert torch.equal(word, torch.stack([rows[TOKEN], rows[f"{TOKEN}_1"]]).half())
+    assert torch.equal(load_file(tmp_path / "canal_7-atoms.safetensors")["emb_params"], rows["<canal_7>"][None].half())
+
+
 def test_nothing_is_overwritten(files, tmp_path, capsys):
     words = (files("atoms"), "--to", "words,diff", "--out", tmp_path, "--name", "x")
     (tmp_path / "castle-atoms.safetensors").write_text("mine")
