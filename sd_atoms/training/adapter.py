@@ -71,7 +71,8 @@ def open_adapter(source: str, base: str | None = None) -> Artefact:
     settings = run_of(path) / CONFIG
     config = resolve(TrainConfig, {}, str(settings), [])
     if base is not None:
-        config = replaced(config, pretrained_model_name_or_path=base, revision=None)
+        made_like = config.base.base_config if Path(base).expanduser().is_file() else None
+        config = replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
     pipe = open_base(
         config.base.pretrained_model_name_or_path,
         revision=config.base.revision,
