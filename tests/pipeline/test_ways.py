@@ -290,9 +290,11 @@ def test_strengths_by_block_hold_for_every_layer_of_it(tiny, files, scales, expe
     for name, layer in plain.unet.named_modules():
         if isinstance(layer, AtomsLayer):
             layer.set_scale("a", next((scale for start, scale in expected.items() if name.startswith(start)), 1.0))
-    assert torch.equal(draw(tiny), draw(plain))
+    expected = draw(plain)
+    # a copy's weights lie elsewhere, by which BLAS picks its kernels
+    assert (draw(tiny) - expected).norm() <= 1e-5 * expected.norm()
     tiny.set_adapters(["a"], [1.0])
-    assert not torch.equal(draw(tiny), draw(plain))
+    assert (draw(tiny) - expected).norm() > 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("scales", [{"dawn": 1.0}, {"up": {"block_7": 1.0}}, {"up": [1.0] * 5}, {"mid": "strong"}])
