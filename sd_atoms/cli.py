@@ -33,10 +33,12 @@ COMMANDS = (
     "export",
     "import",
     "extract",
+    "vtab",
     "bench",
     "pretrain-pocket",
 )
 BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
+OF_VTAB = ("table",)  # a module each
 CONFIGURED = ("train", "doctor", "generate", "drift")  # take a YAML file of settings
 
 
@@ -70,6 +72,10 @@ def _start(command: str, words: list[str], program: str) -> None:
     from sd_atoms.training.interrupt import Interrupted
 
     words, settings = [_underscored(word) for word in words], getattr(module, "Settings", None)
+    if command == "vtab":
+        verb = _choose(words, program, OF_VTAB, module.__doc__)
+        module = importlib.import_module(f"sd_atoms.commands.vtab.{verb.replace('-', '_')}")
+        words, program, settings = words[1:], f"{program} {verb}", getattr(module, "Settings", None)
     if command == "bench":
         benchmark = _choose(words, program, BENCHMARKS, module.__doc__)
         words, program, settings = words[1:], f"{program} {benchmark}", getattr(module, benchmark.capitalize())

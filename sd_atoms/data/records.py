@@ -37,13 +37,15 @@ class ImageRecord:
     """A picture that is read when it is needed; it can be pickled.
 
     name: what messages call it: its path, or "name[train] row 12", rows counted from 0. caption: its own prompt; None
-    is the run's. content: gives the bytes of its file, or raises UserError. stats: once it was checked.
+    is the run's. content: gives the bytes of its file, or raises UserError. stats: once it was checked. label: of its
+    class, from 0 on, where it has one.
     """
 
     name: str
     caption: str | None
     content: Callable[[], bytes]
     stats: ImageStats | None = None
+    label: int | None = None
 
     def read(self) -> Image.Image:
         """The picture, upright, in mode RGB; raises as `read_image` does."""
@@ -97,6 +99,7 @@ def table_images(
     revision: str | None = None,
     image_column: str = "image",
     caption_column: str | None = None,
+    label_column: str | None = None,
     most: int | None = None,
 ) -> list[ImageRecord]:
     """The pictures in a table of the library `datasets`, none of them decoded yet.
@@ -108,6 +111,7 @@ def table_images(
         revision: branch, tag or commit of a data set on the hub.
         image_column: column of the pictures.
         caption_column: column of their captions.
+        label_column: column of their classes, whole numbers.
         most: only the first so many rows.
 
     Raises:
@@ -120,15 +124,16 @@ def table_images(
         raise UserError(f"{label}: has no rows; expected pictures")
     if most is not None:
         table = table.select(range(min(most, len(table))))
-    for column in (image_column, caption_column):
+    for column in (image_column, caption_column, label_column):
         if column is not None and column not in table.column_names:
             raise UserError(f"{label}: no column {column!r}; expected one of {', '.join(table.column_names)}")
     images = _undecoded(table, image_column, label)
     captions = [None] * len(table) if caption_column is None else _captions(table, caption_column, label)
+    labels = [None] * len(table) if label_column is None else _labels(table, label_column, label)
     pictures = []
-    for row, caption in enumerate(captions):
+    for row, (caption, own) in enumerate(zip(captions, labels, strict=True)):
         name = f"{label} row {row}"
-        pictures.append(ImageRecord(name, caption, partial(_row_content, images, row, name)))
+        pictures.append(ImageRecord(name, caption, partial(_row_content, images, row, name), label=own))
     return pictures
 
 
@@ -181,6 +186,16 @@ def _captions(table, column: str, label: str) -> list[str]:
     ]
     refuse(problems, f"{len(problems)} of {len(captions)} captions cannot be used:")
     return captions
+
+
+def _labels(table, column: str, label: str) -> list[int]:
+    feature = table.features[column]
+    if "int" not in str(getattr(feature, "dtype", "")):
+        raise UserError(f"{label}: column {column!r} holds {feature}; expected classes as whole numbers")
+    labels = list(table[column])
+    if None in labels:
+        raise UserError(f"{label} row {labels.index(None)}: column {column!r} is empty; expected a class")
+    return labels
 
 
 def _row_content(images, row: int, name: str) -> bytes:

@@ -11,7 +11,7 @@ from sd_atoms.data.images import EXTENSIONS
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
 
-CAPTION = ".txt"
+CAPTION, CLASS = ".txt", ".cls"
 
 
 class _Place(NamedTuple):
@@ -31,15 +31,16 @@ def find_shards(place: str | Path) -> list[Path]:
     return sorted(path for path in place.glob("*.tar") if path.is_file())
 
 
-def shard_images(shards: Sequence[Path], captions: bool) -> list[ImageRecord]:
+def shard_images(shards: Sequence[Path], captions: bool, classes: bool = False) -> list[ImageRecord]:
     """The pictures in shards, in the order of the tar files; only their headers are read, none is decoded.
 
     Args:
         shards: uncompressed tar files.
         captions: each picture's prompt is the entry NAME.txt beside it.
+        classes: each picture's label is the number in the entry NAME.cls beside it.
 
     Raises:
-        UserError: a file is no tar file or is cut short, holds no picture, or lacks captions.
+        UserError: a file is no tar file or is cut short, holds no picture, or lacks captions or classes.
     """
     found = []
     for path in shards:
@@ -54,7 +55,9 @@ def shard_images(shards: Sequence[Path], captions: bool) -> list[ImageRecord]:
             if name is None:
                 continue
             caption = _caption(path, name, parts.get(CAPTION), entries) if captions else None
-            found.append(ImageRecord(f"{path}/{name}", caption, partial(_content, str(path), *entries[name])))
+            label = _class(path, name, parts.get(CLASS), entries) if classes else None
+            content = partial(_content, str(path), *entries[name])
+            found.append(ImageRecord(f"{path}/{name}", caption, content, label=label))
     if not found:
         raise UserError(f"{shards[0]}: no pictures in it; expected entries named {', '.join(EXTENSIONS)}")
     return found
@@ -84,6 +87,15 @@ def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Pla
     if not text:
         raise UserError(f"{path}/{name}: is empty; expected a caption")
     return text
+
+
+def _class(path: Path, picture: str, name: str | None, entries: dict[str, _Place]) -> int:
+    if name is None:
+        raise UserError(f"{path}/{picture}: has no class; expected an entry {Path(picture).stem}{CLASS} beside it")
+    text = _content(str(path), *entries[name]).strip()
+    if not text.isdigit() or len(text) > 9:
+        raise UserError(f"{path}/{name}: {text[:40]!r} is no class; expected a whole number from 0 on")
+    return int(text)
 
 
 def _content(path: str, start: int, size: int) -> bytes:
