@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -156,7 +157,8 @@ def run(config: TrainConfig) -> Path:
             save_adapter(pipe, place, tokens=outcome.rows or config.tokens, about=about)
 
     # Draw
-    sets = [image_sets(config.images, config.output, concepts, concept, templates) for concept in concepts]
+    plain = config.data.task.prompts if config.data.task is not None else None
+    sets = [image_sets(config.images, config.output, concepts, concept, templates, plain) for concept in concepts]
     anew = config.output.resume_from_checkpoint is not None  # a run that went on draws otherwise than before
     requests = [request for own in sets for kind in ("instance", "prompt") for request in own[kind]]
     adapter_notes = making_notes(f"{name}.safetensors", base)
@@ -281,16 +283,26 @@ def prefix(output: OutputSettings, concepts: Sequence[Concept], concept: Concept
 
 
 def image_sets(
-    images: ImageSettings, output: OutputSettings, concepts: Sequence[Concept], concept: Concept, templates: list[str]
+    images: ImageSettings,
+    output: OutputSettings,
+    concepts: Sequence[Concept],
+    concept: Concept,
+    templates: Sequence[str],
+    of_classes: Sequence[str] | None = None,
 ) -> dict[str, list[Request]]:
     """What is drawn at the end, by kind: the instance prompt and every template, with the adapter and by the base.
 
-    The base does not know the new word and is asked for its initializer instead.
+    The base does not know the new word and is asked for its initializer instead. Prompts of classes take turns in the
+    place of the instance prompt.
     """
+
+    def in_turn(prompt: str) -> list[str]:
+        return list(islice(cycle(of_classes or [prompt]), images.num_instance_images))
+
     prompts = {
-        "instance": [concept.instance_prompt] * images.num_instance_images,
+        "instance": in_turn(concept.instance_prompt),
         "prompt": [fill(template, concept.word) for template in templates],
-        "base-instance": [concept.plain_prompt] * images.num_instance_images,
+        "base-instance": in_turn(concept.plain_prompt),
         "base-prompt": [fill(template, concept.plain_word) for template in templates],
     }
     before = prefix(output, concepts, concept)

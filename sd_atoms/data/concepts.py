@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sd_atoms.data.checked import usable
 from sd_atoms.data.config import Concept, DataSettings
+from sd_atoms.data.labelled import task_images
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import ImageRecord, folder_images, table_images
 from sd_atoms.data.shards import find_shards, shard_images
@@ -33,7 +34,13 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
     sources, notes, cache = [], [], Path(data.cache_dir) if data.cache_dir else None
     for concept in concepts:
         place, ignored = image_place(data, concept), ()
-        if data.dataset_name:
+        if data.task is not None:
+            columns = dict(image_column=data.image_column, label_column=data.label_column)
+            found = task_images(data.task, data.dataset_dir, data.dataset_split, **columns)
+            if data.max_train_samples is not None and data.max_train_samples < len(found):
+                # spread over the whole, which may be in the order of the classes
+                found = [found[n * len(found) // data.max_train_samples] for n in range(data.max_train_samples)]
+        elif data.dataset_name:
             found = table_images(
                 data.dataset_name,
                 config=data.dataset_config_name,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from sd_atoms.data.images import RESAMPLING
+from sd_atoms.data.vtab import PREFIX, Task, load_task
 from sd_atoms.settings import setting
 
 DATA, TOKEN, PRIOR = "data", "token and text encoder", "prior preservation"
@@ -89,7 +90,7 @@ class DataSettings:
         unless=("concepts", "dataset_name"),
     )
     instance_prompt: str | None = setting(
-        None, DATA, 'what they show, such as "photo of a <castle>"', required=True, unless=("concepts",)
+        None, DATA, 'what they show, such as "photo of a <castle>"', required=True, unless=("concepts", "dataset_dir")
     )
     instance_prompts_file: str | None = setting(
         None,
@@ -106,18 +107,28 @@ class DataSettings:
         "prompts from NAME.txt or NAME.caption beside each picture or metadata.jsonl; {} in them is the concept",
     )
     dataset_name: str | None = setting(
-        None, DATA, "data set for `datasets` in place of instance_data_dir: a folder or a hub id"
+        None,
+        DATA,
+        "data set for `datasets` in place of instance_data_dir: a folder or a hub id; or vtab:dtd, a task of VTAB "
+        "with the prompts of its classes (sd-atoms vtab table)",
+    )
+    dataset_dir: str | None = setting(
+        None, DATA, "where a task of VTAB lies: its folder, one that holds it, or a hub id", needs=["dataset_name"]
     )
     dataset_config_name: str | None = setting(
         None, DATA, "configuration of the data set; none = its only one", needs=["dataset_name"]
     )
     dataset_split: str = setting("train", DATA, "split of the data set", needs=["dataset_name"])
     image_column: str = setting("image", DATA, "column of its pictures", needs=["dataset_name"])
+    label_column: str = setting("label", DATA, "column of the classes of a task of VTAB", needs=["dataset_dir"])
     caption_column: str | None = setting(
         None, DATA, "column of its captions; none = instance_prompt for all", needs=["dataset_name"]
     )
     max_train_samples: int | None = setting(
         None, DATA, "only so many of its rows; none = all", low=1, needs=["dataset_name"]
+    )
+    class_balanced: bool = setting(
+        False, DATA, "as many samples of each class of a task: images of rare ones come again", needs=["dataset_dir"]
     )
     caption_dropout: float = setting(0.0, DATA, "share of samples with an empty prompt", low=0.0, high=1.0)
     resolution: int | None = setting(
@@ -135,3 +146,13 @@ class DataSettings:
         2**30, DATA, "bytes of latents that each process may hold; beyond, they are read from disk as needed", low=0
     )
     cache_dir: str | None = setting(None, DATA, "keep latents and text states there for later runs; none = do not")
+
+    @property
+    def task(self) -> Task | None:
+        """The task of VTAB; None for any other data.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        name = self.dataset_name or ""
+        return load_task(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None

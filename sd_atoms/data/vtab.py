@@ -67,8 +67,10 @@ def load_task(name: str) -> Task:
     """
     if name.endswith((".yaml", ".yml")):
         return _task(Path(name).stem, name, read_yaml(name))
-    for known in (*TASKS, *DEMO):
-        if name == known or name in _packaged(known).folders:
+    if name in (*TASKS, *DEMO):
+        return _packaged(name)
+    for known in TASKS:
+        if name in _packaged(known).folders:
             return _packaged(known)
     raise UserError(f"{PREFIX}{name}: no such task; there is {', '.join((*TASKS, *DEMO))}, or a file NAME.yaml")
 

@@ -1,6 +1,7 @@
 """All checks together: the command, the check before a start, and what both look at."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from sd_atoms.data.concepts import Source, find_images, image_place
@@ -111,6 +112,9 @@ def examine(config: TrainConfig, sources: Sequence[Source], pipe, processes: int
     examples = (
         sum(len(source.images) * source.concept.repeats for source in sources) - config.validation.holdout_images
     )
+    if config.data.class_balanced:
+        sizes = Counter(image.label for source in sources for image in source.images)
+        examples = len(sizes) * max(sizes.values(), default=0)
     per_step = config.loop.train_batch_size * config.loop.gradient_accumulation_steps * processes
     steps = max(1, steps_of(config.loop, examples, processes))
     if len(sources) == len(config.all_concepts):

@@ -30,11 +30,12 @@ def concept_grid(
         images, prompts: of each kind, "base-instance", "instance" and "prompt".
     """
     columns, shown = 5, 10
-    blocks = [
-        Block("Your pictures", photos[:shown]),
-        Block(f"The base: {prompts['base-instance'][0]}", images["base-instance"][:columns]),
-        Block(f"With the adapter: {prompts['instance'][0]}", images["instance"][:shown]),
-    ]
+    blocks = [Block("Your pictures", photos[:shown])]
+    for kind, who, count in (("base-instance", "The base", columns), ("instance", "With the adapter", shown)):
+        if len(set(prompts[kind])) > 1:  # those of classes
+            blocks.append(Block(who, images[kind][:count], prompts[kind][:count]))
+        else:
+            blocks.append(Block(f"{who}: {prompts[kind][0]}", images[kind][:count]))
     if images["prompt"]:
         blocks.append(Block("With the adapter, where it never stood", images["prompt"], prompts["prompt"]))
     return labelled_blocks(blocks, columns, title=title)

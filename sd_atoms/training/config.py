@@ -356,7 +356,7 @@ class TrainConfig:
     hub: HubSettings = section(HubSettings)
 
     def __post_init__(self):
-        problems = []
+        problems = task_problems(self.data)
         if self.data.concepts is not None:
             given = flat(self)
             both = [name for name in (*OF_CONCEPT, "dataset_name") if given[name] is not None]
@@ -436,11 +436,24 @@ class TrainConfig:
         """`concepts`, or the one that the flags describe; class_prompt counts for each that has none."""
         if self.data.concepts is None:
             values = flat(self)
+            if self.data.task is not None:
+                values["instance_prompt"] = self.data.task.prompts[0]
             return (Concept(**{name: values[name] for name in OF_CONCEPT}),)
         return tuple(
             Concept(**{**vars(concept), "class_prompt": concept.class_prompt or self.prior.class_prompt})
             for concept in self.data.concepts
         )
+
+
+def task_problems(data: DataSettings) -> list[str]:
+    """What is wrong with the settings of a task of VTAB; a task that there is none of raises UserError."""
+    if data.task is None:
+        return ["dataset_dir needs dataset_name=vtab:TASK, such as vtab:dtd"] if data.dataset_dir else []
+    name = f"dataset_name={data.dataset_name}"
+    if data.dataset_dir is None:
+        return [f"dataset_dir is required with {name}: the folder of the task, or one that holds it"]
+    given = [key for key in ("instance_prompt", "instance_prompts_file", "caption_column") if getattr(data, key)]
+    return [f"{name} stands in place of {key}: each picture has the prompt of its class" for key in given]
 
 
 def budget_of(text: str) -> int:

@@ -124,13 +124,33 @@ def make_dataset(
         of_prior = Examples(class_latents, class_prompt, range(len(images)))
     places = np.arange(len(own), dtype=np.int32)
     kept = np.array([place not in out for place in places])
+    order = np.repeat(places[kept], np.array(repeats)[kept])
+    if how.data.class_balanced:
+        labels = np.array([image.label for source in sources for image in source.images])
+        order = balanced(places[kept], labels[kept], how.seed)
     return Dataset(
-        examples=Examples(latents, own, np.repeat(places[kept], np.array(repeats)[kept])),
+        examples=Examples(latents, own, order),
         held_out=Examples(latents, own, places[~kept]),
         prior=of_prior,
         prompts=list(prompts),
         digests=data_digests(sources, prior),
     )
+
+
+def balanced(places: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """As many of each class as the largest has: images of smaller ones come again, in an order drawn from the seed.
+
+    Args:
+        places: numbers of images (N,).
+        labels: their classes (N,).
+        seed: of the run.
+    """
+    of_classes = []
+    for label in np.unique(labels):
+        own = places[labels == label]
+        of_classes.append(own[torch.randperm(len(own), generator=generator(seed, "balance", int(label))).numpy()])
+    largest = max(map(len, of_classes))
+    return np.concatenate([np.resize(own, largest) for own in of_classes])
 
 
 def _held_out(images: int, count: int, seed: int) -> set[int]:

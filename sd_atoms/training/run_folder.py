@@ -15,7 +15,7 @@ import torch
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
-from sd_atoms.settings import plain_values, read_settings, replaced, shown, to_yaml
+from sd_atoms.settings import fields_of, plain_values, read_settings, replaced, shown, to_yaml
 from sd_atoms.training.checkpoint import checkpoints, find_checkpoint, read_header
 from sd_atoms.training.config import OutputSettings, TrainConfig
 
@@ -186,12 +186,14 @@ def cut_log(path: Path, step: int) -> None:
 def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()) -> list[str]:
     """How settings differ from those in a run's config.yaml, besides those that are `free`.
 
-    A resolution that is left open is the base's own.
+    A resolution that is left open is the base's own; a setting that the file, of an older version, does not have was
+    as its default.
 
     Raises:
         UserError: the file cannot be read.
     """
-    before, now = read_settings(TrainConfig, path), plain_values(config)
+    usual = {name: field.default for name, (_, field) in fields_of(TrainConfig).items()}
+    before, now = usual | read_settings(TrainConfig, path), plain_values(config)
     left_open = {*free} | ({"resolution"} if now["resolution"] is None else set())
     return [
         f"{key} was {shown(before.get(key))}, now {shown(now.get(key))}"

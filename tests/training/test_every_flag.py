@@ -43,6 +43,8 @@ SMALL = dict(
 IMAGES = dict(prior="images", class_prompt="a castle", class_data_dir="classes", num_class_images=1)
 TEACHER = dict(prior="teacher", class_prompt="a castle")
 TABLE = dict(dataset_name="table", instance_data_dir=None)
+NO_CONCEPT = dict.fromkeys(("instance_data_dir", "instance_prompt", "placeholder_token", "initializer_token"))
+TASK = NO_CONCEPT | dict(dataset_name="vtab:patch_camelyon", dataset_dir="labelled", max_train_steps=3)
 VALIDATED = dict(validation_prompt="a <castle>", validation_steps=1, num_validation_images=1)
 TEXT = dict(train_text_encoder=True)
 PUSHED = dict(push_to_hub=True, hub_model_id="me/castle")
@@ -58,8 +60,10 @@ OTHER = dict(
     concepts=tuple(Concept("photos", f"photo of a <{n}>.", None, f"<{n}>", "castle") for n in ("a", "b")),
     dataset_name="table",
     dataset_config_name="large",
+    dataset_dir="labelled/fewer",
     dataset_split="test",
     image_column="other",
+    label_column="other_label",
     caption_column="text",
     max_train_samples=1,
     caption_dropout=1.0,
@@ -105,6 +109,7 @@ OTHER = dict(
 # names -> what these are tried with, without and with the other value
 BESIDE = {
     "dataset_config_name dataset_split image_column caption_column max_train_samples": TABLE,
+    "dataset_dir label_column class_balanced": TASK,
     "placeholder_token": dict(instance_prompt="photo of a <castle> <tower>."),
     "text_adapter text_kc text_learning_rate": TEXT,
     "text_rank": TEXT | dict(text_adapter="lora"),
@@ -134,7 +139,7 @@ BESIDE = {
 BESIDE = {name: settings for names, settings in BESIDE.items() for name in names.split()}
 # name -> what else changes with it, such as what it stands in the place of
 INSTEAD = dict(
-    concepts=dict.fromkeys(("instance_data_dir", "instance_prompt", "placeholder_token", "initializer_token")),
+    concepts=NO_CONCEPT,
     dataset_name=dict(instance_data_dir=None),
     class_prompts_file=dict(class_prompt=None),
     prior=dict(class_prompt="a castle"),
@@ -180,6 +185,10 @@ def inputs(tmp_path_factory):
     for column in ("image", "other"):
         table = table.cast_column(column, datasets.Image())
     datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(folder / "table")
+    labels = {"image": [*rows, rows[0]], "label": [0, 1, 1], "other_label": [1, 0, 1]}
+    table = datasets.Dataset.from_dict(labels).cast_column("image", datasets.Image())
+    for place, chosen in (("labelled", table), ("labelled/fewer", table.select([0, 1]))):
+        datasets.DatasetDict(train=chosen).save_to_disk(folder / place)
     return folder
 
 
