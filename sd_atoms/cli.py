@@ -38,7 +38,7 @@ COMMANDS = (
     "pretrain-pocket",
 )
 BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
-OF_VTAB = ("table", "make-demo")  # a module each
+OF_VTAB = ("table", "make-demo", "run")  # a module each
 CONFIGURED = ("train", "doctor", "generate", "drift")  # take a YAML file of settings
 
 

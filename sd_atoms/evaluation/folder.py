@@ -144,8 +144,9 @@ def _kid(found: Scores, features: torch.Tensor, reference: torch.Tensor, draws: 
         apart = 1.96 * deviation * (size / min(len(features), len(reference))) ** 0.5
         found.figures["kid"] = Figure(mean, len(features), mean - apart, mean + apart)
         return
-    found.figures["kid"] = Figure(mean, len(features))
-    found.notes.append(f"kid: its subsets have {size} images, all there are, and so tell no interval")
+    # so the images are drawn, from both sets
+    weights = counts(len(reference), draws.number, draws.seed), counts(len(features), draws.number, draws.seed + 1)
+    found.figures["kid"] = figure(mean, len(features), sets.kid_of_draws(reference, features, weights))
 
 
 def _cmmd(found: Scores, features: torch.Tensor, reference: torch.Tensor, draws: Draws) -> None:

@@ -75,6 +75,22 @@ def kid(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[flo
     return mean.item(), deviation.item()
 
 
+def kid_of_draws(
+    real: torch.Tensor, generated: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """KID of all images at once, (B,): of each of B draws in which they count so often, (N, B) and (M, B).
+
+    Pairs of an image with itself do not count, however often it was drawn.
+    """
+    _enough(real, generated)
+    x, y, v, w = real.double(), generated.double(), weights[0].double(), weights[1].double()
+    n, m, v_same, w_same = v.sum(0), w.sum(0), v.square(), w.square()
+    xx, yy, xy = (_kernel_sums(_cubic, *own) for own in ((x, x, v, v), (y, y, w, w), (x, y, v, w)))
+    xx = xx - ((x.square().sum(1) / x.shape[1] + 1) ** 3) @ v_same
+    yy = yy - ((y.square().sum(1) / y.shape[1] + 1) ** 3) @ w_same
+    return xx / (n**2 - v_same.sum(0)) + yy / (m**2 - w_same.sum(0)) - 2 * xy / (n * m)
+
+
 def cmmd(
     real: torch.Tensor, generated: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,11 +109,19 @@ def cmmd(
     own = (torch.ones(len(x), 1), torch.ones(len(y), 1)) if weights is None else weights
     v, w = own[0].double(), own[1].double()
     n, m, n_same, m_same = v.sum(0), w.sum(0), v.square().sum(0), w.square().sum(0)
-    xx, yy, xy = _kernel_sums(x, x, v, v), _kernel_sums(y, y, w, w), _kernel_sums(x, y, v, w)
+    xx, yy, xy = (_kernel_sums(_rbf, *own) for own in ((x, x, v, v), (y, y, w, w), (x, y, v, w)))
     biased = xx / n**2 + yy / m**2 - 2 * xy / (n * m)
     # the kernel of an image with itself is 1
     unbiased = (xx - n_same) / (n**2 - n_same) + (yy - m_same) / (m**2 - m_same) - 2 * xy / (n * m)
     return CMMD_SCALE * biased, CMMD_SCALE * unbiased
+
+
+def reaches(x: torch.Tensor, k: int) -> torch.Tensor:
+    """(N,): distance of each image (N, d) to the k-th nearest other one."""
+    found = [
+        torch.cdist(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values for start in range(0, len(x), CHUNK)
+    ]
+    return torch.cat(found)
 
 
 def neighbours(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> Neighbours:
@@ -109,7 +133,7 @@ def neighbours(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> Neigh
     if min(len(real), len(generated)) <= k:
         raise ValueError(f"more than {k} images are needed in each set, there are {len(real)} and {len(generated)}")
     x, y = real.double(), generated.double()
-    reach, reach_generated = _reach(x, k), _reach(y, k)
+    reach, reach_generated = reaches(x, k), reaches(y, k)
     precise, dense = torch.zeros(len(y), dtype=torch.float64), torch.zeros(len(y), dtype=torch.float64)
     recalled, covered = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
     for start in range(0, len(x), CHUNK):
@@ -172,19 +196,18 @@ def _enough(real: torch.Tensor, generated: torch.Tensor) -> None:
         raise ValueError(f"2 images are needed in each set, there are {len(real)} and {len(generated)}")
 
 
-def _kernel_sums(x: torch.Tensor, y: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def _rbf(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-torch.cdist(x, y).square() / (2 * CMMD_SIGMA**2))
+
+
+def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _kernel_sums(kernel, x: torch.Tensor, y: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Σ v_i k(x_i, y_j) w_j of each draw, (B,)."""
     total = torch.zeros(v.shape[1], dtype=torch.float64)
     for start in range(0, len(x), CHUNK):
         part = slice(start, start + CHUNK)
-        kernel = torch.exp(-torch.cdist(x[part], y).square() / (2 * CMMD_SIGMA**2))
-        total += (v[part] * (kernel @ w)).sum(0)  # (n, M) @ (M, B) -> (n, B)
+        total += (v[part] * (kernel(x[part], y) @ w)).sum(0)  # (n, M) @ (M, B) -> (n, B)
     return total
-
-
-def _reach(x: torch.Tensor, k: int) -> torch.Tensor:
-    """(N,): distance of each image to the k-th nearest other one."""
-    found = [
-        torch.cdist(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values for start in range(0, len(x), CHUNK)
-    ]
-    return torch.cat(found)

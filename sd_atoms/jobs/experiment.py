@@ -56,7 +56,7 @@ def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
         raise UserError(f"{path}: {'; '.join(problems)}")
     shared = parts["settings"] or {}
     concepts = {str(name): _of_concept(path, str(name), shared, own) for name, own in parts["concepts"].items()}
-    methods = {str(label): _of_method(path, str(label), own) for label, own in parts["methods"].items()}
+    methods = {str(label): settings_of_method(path, str(label), own) for label, own in parts["methods"].items()}
     if not concepts or not methods:
         raise UserError(f"{path}: concepts and methods: one or more are needed")
     rates = _rates(path, parts["rates"], concepts)
@@ -147,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 def _of_concept(path: str, name: str, shared: Mapping[str, Any], values: Any) -> dict[str, Any]:
     """Settings of a concept's runs: of the file that its `config` names, of all runs, its own; later ones win."""
-    own = _checked(path, f"concepts.{name}", values)
+    own = settings_of_runs(path, f"concepts.{name}", values)
     file, from_file = own.pop("config", None), {}
     if file is not None:
         file = _beside(path, str(file))
@@ -156,15 +156,15 @@ def _of_concept(path: str, name: str, shared: Mapping[str, Any], values: Any) ->
             raise UserError(f"{path}: concepts.{name}: {file} has several; name one for each here")
         idle = [key for key, (_, field) in fields_of(TrainConfig).items() if FORCED.keys() & field.metadata["needs"]]
         from_file = {key: value for key, value in _with_files(file, from_file).items() if key not in idle}
-    values = {"report_to": "none"} | from_file | _checked(path, "settings", shared) | own | FORCED
+    values = {"report_to": "none"} | from_file | settings_of_runs(path, "settings", shared) | own | FORCED
     if "learning_rate" in values:
         raise UserError(f"{path}: concepts.{name}: learning_rate: each method has its own, under methods or by rates")
     return values
 
 
-def _of_method(path: str, label: str, values: Any) -> dict[str, Any]:
+def settings_of_method(path: str, label: str, values: Any) -> dict[str, Any]:
     """Settings of a method; without `method` or `peft_config` it is the one called like its label."""
-    own = _checked(path, f"methods.{label}", {} if values is None else values)
+    own = settings_of_runs(path, f"methods.{label}", {} if values is None else values)
     known = fields_of(TrainConfig)
     foreign = [name for name in own if name in known and name not in OF_METHODS]
     if foreign:
@@ -174,7 +174,7 @@ def _of_method(path: str, label: str, values: Any) -> dict[str, Any]:
     return own if "peft_config" in own else {"method": label} | own
 
 
-def _checked(path: str, where: str, values: Any) -> dict[str, Any]:
+def settings_of_runs(path: str, where: str, values: Any) -> dict[str, Any]:
     """The values, if they are settings that an experiment leaves open; files may be named from where its own lies."""
     if not isinstance(values, dict):
         raise UserError(f"{path}: {where}: `name: value` lines are needed, got {shown(values)}")

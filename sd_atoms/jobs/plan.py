@@ -77,22 +77,8 @@ class Run:
     rate_runs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An experiment with all its runs.
-
-    concepts: name -> settings. methods: label -> settings. prompts: templates that are scored. tuning: those of the
-    runs that choose rates. unrelated: prompts about other things.
-    """
-
-    experiment: Experiment
-    runs: tuple[Run, ...]
-    concepts: Mapping[str, Mapping[str, Any]]
-    methods: Mapping[str, Mapping[str, Any]]
-    rates: Rates | None
-    prompts: tuple[str, ...]
-    tuning: tuple[str, ...]
-    unrelated: tuple[str, ...]
+class Runs:
+    """What every plan of runs has: `experiment` with output_dir and networks, and `runs`."""
 
     @property
     def folder(self) -> Path:
@@ -125,6 +111,24 @@ class Plan:
     def networks(self) -> list[str]:
         """Names of what makes features."""
         return [name.strip() for name in self.experiment.networks.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class Plan(Runs):
+    """An experiment with all its runs.
+
+    concepts: name -> settings. methods: label -> settings. prompts: templates that are scored. tuning: those of the
+    runs that choose rates. unrelated: prompts about other things.
+    """
+
+    experiment: Experiment
+    runs: tuple[Run, ...]
+    concepts: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]]
+    rates: Rates | None
+    prompts: tuple[str, ...]
+    tuning: tuple[str, ...]
+    unrelated: tuple[str, ...]
 
     @property
     def shown_prompts(self) -> list[int]:

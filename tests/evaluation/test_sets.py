@@ -58,6 +58,25 @@ def test_kid_over_whole_sets_is_the_unbiased_mmd_of_a_cubic_kernel():
     assert deviation == pytest.approx(0, abs=1e-9)  # every subset is the whole set
 
 
+def test_kid_of_draws_is_kid_of_the_images_that_were_drawn():
+    def kernel(x, y):
+        return (float(x @ y) / 6 + 1) ** 3
+
+    a, b = REAL[:7].double(), MADE[:5].double()
+    v = torch.tensor([[1, 2], [1, 0], [1, 3], [1, 1], [1, 0], [1, 1], [1, 0]]).double()
+    w = torch.tensor([[1, 2], [1, 0], [1, 0], [1, 0], [1, 3]]).double()
+    found = sets.kid_of_draws(a, b, (v, w))
+    for draw in range(2):
+        total = 0
+        for images, times in ((a, v[:, draw].tolist()), (b, w[:, draw].tolist())):
+            pairs = [(i, j) for i in range(len(images)) for j in range(len(images)) if i != j]
+            weight = sum(times[i] * times[j] for i, j in pairs)
+            total += sum(times[i] * times[j] * kernel(images[i], images[j]) for i, j in pairs) / weight
+        across = sum(v[i, draw] * w[j, draw] * kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b))
+        expected = total - 2 * across / (v[:, draw].sum() * w[:, draw].sum())
+        assert found[draw].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_kid_is_seeded_and_leaves_the_global_numbers_alone(monkeypatch):
     monkeypatch.setattr(sets, "KID_SUBSET_SIZE", 20)
     before = torch.get_rng_state()

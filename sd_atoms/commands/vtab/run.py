@@ -1,0 +1,203 @@
+"""Tunes the base on image sets by every method, generates, scores against the test splits, and shows it on one page.
+
+Each run is an ordinary run folder below output_dir. Stopped at any moment, the same command goes on; a finished run is
+never repeated (docs/vtab.md, docs/cluster.md).
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sd_atoms.commands import train
+from sd_atoms.errors import UserError
+from sd_atoms.evaluation.networks import open_network
+from sd_atoms.files import write_json, write_text
+from sd_atoms.jobs.experiment import FORCED
+from sd_atoms.jobs.plan import PRETRAINED, Run
+from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
+from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
+from sd_atoms.jobs.set_cost import plan_text
+from sd_atoms.jobs.set_drawing import check_sets_scored_as_planned, draw_set, reference_of, score_set
+from sd_atoms.jobs.set_report import set_comparison
+from sd_atoms.jobs.sets import SetExperiment, SetPlan, read_set_plan
+from sd_atoms.machine import forget_accelerator, make_accelerator
+from sd_atoms.report.sets import write_set_report
+from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml
+from sd_atoms.training.optimiser import with_defaults
+from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
+
+
+@dataclass(frozen=True)
+class Working:
+    """How an experiment is worked through."""
+
+    queue: QueueSettings = section(QueueSettings)
+    dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
+    run: str | None = setting(None, HOW, "do this one run here and now, as every executor does")
+    report: bool = setting(True, HOW, "write the report at the end")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every flag."""
+    parser.usage = "%(prog)s --config FILE [--FLAG VALUE …]"
+    parser.add_argument("--config", metavar="FILE", default="", help="YAML file of the experiment, or a packaged one")
+    parser.add_argument("--methods", default=argparse.SUPPRESS, help="of the file, or any by name; comma-separated")
+    add_flags(parser, Working)
+    add_flags(parser, SetExperiment)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Works through an experiment, or says what there is to say of it.
+
+    Raises:
+        UserError: the file or the flags are wrong, or no run could be finished.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
+        SystemExit: 1, if a run failed.
+    """
+    flags = vars(arguments)
+    file = flags.pop("config")
+    working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    plan = read_set_plan(file, flags)
+    if working.run is not None:
+        run_one(plan, working.run)
+    elif working.dry_run:
+        print(plan_text(plan))
+    elif working.queue.status:
+        jobs = jobs_of(plan, file, flags)
+        print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
+    else:
+        failed = work_through(plan, jobs_of(plan, file, flags), working)
+        if working.report:
+            report(plan, failed)
+        if failed:
+            raise SystemExit(1)
+
+
+def run_one(plan: SetPlan, name: str) -> None:
+    """One run, here and now; how it fails is left for the queue, whichever that is.
+
+    Raises:
+        SystemExit: TAKEN, if another process works at it.
+    """
+    try:
+        do_run(plan, plan.named(name))
+    except Taken:
+        print(f"{name}: another process works at it", file=sys.stderr)
+        raise SystemExit(TAKEN) from None
+    except UserError as error:
+        note_failure(plan.folder / QUEUE, name, str(error))
+        raise
+
+
+def work_through(plan: SetPlan, jobs: list[Job], working: Working) -> dict[str, str]:
+    """Does all runs that are not done; name -> why it failed, of those that did. Raises as `run`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("vtab run starts its runs itself; start it without accelerate launch")
+    check_plan(plan)
+    write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
+    slots = working.queue.slots()
+    return run_jobs(jobs, plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
+
+
+def check_plan(plan: SetPlan) -> None:
+    """Refuses, before anything is trained, what no run could end with: data or networks that are not there, folders
+    that hold something else.
+
+    Raises:
+        UserError: so it is.
+    """
+    if (plan.folder / CONFIG).exists():
+        raise UserError(f"output_dir: {plan.folder} holds a run, and an experiment needs a folder of its own")
+    if plan.folder.exists() and not plan.folder.is_dir():
+        raise UserError(f"output_dir: {plan.folder} is a file")
+    for run in plan.runs:
+        if run.stage == PRETRAINED:  # one of each set
+            reference_of(plan, run)
+        else:
+            check_same(with_defaults(plan.config(run)), plan.run_folder(run))
+    check_sets_scored_as_planned(plan)
+    for name in plan.networks:
+        open_network(name)
+
+
+def do_run(plan: SetPlan, run: Run) -> None:
+    """Trains, generates and scores one run, as far as that is not done.
+
+    Raises:
+        Taken: another process does it.
+        UserError: something in it is wrong.
+        Interrupted: Ctrl-C or SIGTERM while it trained; a checkpoint is on disk.
+    """
+    with held(plan.folder / QUEUE, run.name):
+        folder = plan.run_folder(run)
+        if (folder / SCORES).exists():
+            return
+        started = time.monotonic()
+        config = with_defaults(plan.config(run))
+        if run.stage != PRETRAINED:
+            check_same(config, folder)
+            if not (folder / METRICS).exists():
+                train.run(replaced(config, resume_from_checkpoint="latest"))
+                forget_accelerator()
+        accelerator = make_accelerator()
+        reference = reference_of(plan, run)
+        generated = draw_set(plan, run, config, reference, accelerator)
+        result = score_set(plan, run, config, generated, reference, accelerator)
+        write_json(folder / SCORES, result | {"seconds": time.monotonic() - started})
+
+
+def report(plan: SetPlan, failed: Mapping[str, str]) -> None:
+    """Writes the report of all runs that are done, and says where it is.
+
+    Raises:
+        UserError: none is, or they cannot stand side by side.
+    """
+    comparison, folder = set_comparison(plan, failed), plan.folder / "report"
+    if not comparison.runs:
+        raise UserError(f"{plan.folder}: no run could be finished; the first: {next(iter(failed.values()))}")
+    results = write_set_report(comparison, folder)
+    print("\n" + "\n".join(results["sentences"]))
+    print(f"{folder / 'index.html'} shows it; {folder / 'table.md'} has the numbers")
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}")
+
+
+def jobs_of(plan: SetPlan, file: str, flags: Mapping[str, Any]) -> list[Job]:
+    """Every run as a process of its own."""
+    words = command(file, flags)
+    return [Job(run.name, plan.run_folder(run) / SCORES, (*words, f"--run={run.name}")) for run in plan.runs]
+
+
+def command(file: str, flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The words that start this experiment again, on any machine with the same folders."""
+    words = [sys.executable, "-m", "sd_atoms", "vtab", "run", f"--config={file}"]
+    return (*words, *(f"--{name}={value}" for name, value in flags.items() if value is not None))
+
+
+def experiment_yaml(plan: SetPlan) -> str:
+    """The experiment with everything filled in, for the record."""
+    shared = {key: value for key, value in plan.runs[0].values.items() if key not in FORCED}
+    for name in ("dataset_name", "dataset_dir"):
+        del shared[name]
+    parts = {"settings": shared, "methods": dict(plan.methods)}
+    return to_yaml(plan.experiment) + yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=119)
+
+
+def _seconds_of(job: Job) -> float | None:
+    return read_scores(job.done).get("seconds")
+
+
+def _step_of(plan: SetPlan, job: Job) -> str:
+    run = plan.named(job.name)
+    log = read_log(plan.run_folder(run) / LOG)
+    if run.stage == PRETRAINED or not log:
+        return ""
+    if (plan.run_folder(run) / METRICS).exists():
+        return "generates and scores"
+    return f"step {log[-1]['step']} of {plan.config(run).loop.max_train_steps}"

@@ -1,0 +1,197 @@
+"""The generated images of a run on an image set, and their scores against its test split."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sd_atoms.data.checked import usable
+from sd_atoms.data.concepts import find_images
+from sd_atoms.data.labelled import task_images
+from sd_atoms.data.records import ImageRecord, image_record
+from sd_atoms.data.vtab import Task
+from sd_atoms.errors import UserError
+from sd_atoms.evaluation.classes import Probe, class_coverage
+from sd_atoms.evaluation.folder import Draws, score_images
+from sd_atoms.evaluation.intervals import mean_figure
+from sd_atoms.evaluation.networks import Network, features_of, open_network
+from sd_atoms.evaluation.run import RESIZE
+from sd_atoms.generation import Request, generate_missing, making_notes
+from sd_atoms.jobs.plan import PRETRAINED, Run
+from sd_atoms.jobs.results import DRAWN, SCORES, read_scores
+from sd_atoms.jobs.sets import SetExperiment, SetPlan
+from sd_atoms.pipeline import load_adapter, open_base, read_artefact
+from sd_atoms.pipeline.fingerprint import weights_digest
+from sd_atoms.pipeline.sizes import training_resolution_px
+from sd_atoms.sources import public_name
+from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.run_folder import ADAPTER
+
+CACHE = "cache"
+SEEDS = 2**40  # below those of class pictures and of training; no seed that people type is meant
+DRAWS = Draws()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run drew: requests with their labels, None where the prompt names no class; how; by which weights."""
+
+    requests: Sequence[Request]
+    labels: Sequence[int] | None
+    sampling: Mapping[str, Any]
+    base_digests: Mapping[str, str]
+
+
+def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[ImageRecord], accelerator) -> Generated:
+    """Draws what the run's folder lacks.
+
+    Raises:
+        UserError: images of these names were made otherwise, or the adapter does not fit.
+    """
+    base = config.base.pretrained_model_name_or_path
+    pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
+    digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
+    sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
+    requests, labels = set_requests(plan.task(run), plan.experiment, reference)
+    notes = making_notes("none", base)
+    if run.stage != PRETRAINED:
+        artefact = read_artefact(str(plan.run_folder(run) / ADAPTER))
+        load_adapter(pipe, artefact)
+        notes = making_notes(run.name, base) | {"adapter_digest": artefact.digest()}
+    folder, together = plan.run_folder(run) / DRAWN, config.images.generation_batch_size
+    generate_missing(pipe, accelerator, requests, sampling, folder, notes, batch_size=together)
+    return Generated(requests, labels, vars(sampling), digests)
+
+
+def set_requests(
+    task: Task, experiment: SetExperiment, reference: Sequence[ImageRecord]
+) -> tuple[list[Request], list[int] | None]:
+    """What is drawn of a set, and the labels: image i of a prompt has a seed of its own, whatever else is drawn."""
+    if not task.names_classes:
+        names = [f"{number:05d}" for number in range(experiment.images)]
+        return [Request(task.prompt, seed_of(task.prompt, n), name) for n, name in enumerate(names)], None
+    sizes = Counter(image.label for image in reference)
+    weights = [1 if experiment.per_class == "equal" else sizes[label] for label in range(task.classes)]
+    requests, labels = [], []
+    for label, (prompt, count) in enumerate(zip(task.prompts, shares(experiment.images, weights), strict=True)):
+        requests += [Request(prompt, seed_of(prompt, n), f"{label:03d}-{n:05d}") for n in range(count)]
+        labels += [label] * count
+    return requests, labels
+
+
+def seed_of(prompt: str, number: int) -> int:
+    """The seed of an image: of its prompt and its number alone, so that more images never change those there are."""
+    return int.from_bytes(hashlib.blake2b(f"{prompt}/{number}".encode(), digest_size=8).digest(), "big") % SEEDS
+
+
+def shares(count: int, weights: Sequence[int]) -> list[int]:
+    """`count` divided in proportion to the weights; what is left over goes to the largest remainders."""
+    whole = [count * weight // sum(weights) for weight in weights]
+    remainders = [count * weight % sum(weights) for weight in weights]
+    for place in sorted(range(len(weights)), key=lambda place: -remainders[place])[: count - sum(whole)]:
+        whole[place] += 1
+    return whole
+
+
+def reference_of(plan: SetPlan, run: Run) -> list[ImageRecord]:
+    """The images of the test split that a run is scored against, not read yet; raises as `task_images`."""
+    found, most = task_images(plan.task(run), plan.experiment.data_dir, "test"), plan.experiment.reference_images
+    return found if most is None or most >= len(found) else [found[n * len(found) // most] for n in range(most)]
+
+
+def score_set(
+    plan: SetPlan, run: Run, config: TrainConfig, generated: Generated, reference: Sequence[ImageRecord], accelerator
+) -> dict[str, Any]:
+    """What scores.json holds: who made the images, by what they are scored, and the scores.
+
+    Raises:
+        UserError: a network cannot be opened, or an image not be read.
+    """
+    folder, cache, task = plan.run_folder(run) / DRAWN, plan.folder / CACHE, plan.task(run)
+    real, _ = usable(reference, config.data.on_bad_image, accelerator, cache)
+    (source,), _ = find_images(replace(config.data, cache_dir=str(cache)), config.all_concepts, accelerator)
+    made, _ = usable([image_record(folder / f"{own.name}.png") for own in generated.requests], "error", accelerator)
+    networks = [open_network(name, accelerator.device, RESIZE) for name in plan.networks]
+    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
+    found = {}
+    for network in networks:
+        found[network.name] = _scores(network, made, generated.labels, real, source.images, task, groups, cache,
+                                      accelerator)  # fmt: skip
+    return {
+        "name": run.name,
+        "stage": run.stage,
+        "concept": run.concept,
+        "method": run.method,
+        "seed": run.seed,
+        "learning_rate": None if run.stage == PRETRAINED else config.optimiser.learning_rate,
+        "labels": generated.labels,
+        "images": [request.name for request in generated.requests],
+        "scored_by": {
+            "base": public_name(config.base.pretrained_model_name_or_path),
+            "base_digests": generated.base_digests,
+            "tasks": [own.name for own in plan.sets[run.concept]],
+            "reference": hashlib.sha256("".join(image.digest() for image in real).encode()).hexdigest(),
+            "reference_images": len(real),
+            "images": plan.experiment.images,
+            "per_class": plan.experiment.per_class,
+            "sampling": dict(generated.sampling),
+            "resize": RESIZE,
+            "metrics": groups,
+            "networks": {network.name: network.digest for network in networks},
+        },
+        "networks": found,
+    }
+
+
+def check_sets_scored_as_planned(plan: SetPlan) -> None:
+    """Refuses finished runs whose images or scores are other ones than the experiment now asks for.
+
+    Raises:
+        UserError: there are such.
+    """
+    experiment = plan.experiment
+    for run in plan.runs:
+        path = plan.run_folder(run) / SCORES
+        if not path.exists():
+            continue
+        by, wanted = read_scores(path)["scored_by"], {"images": experiment.images, "per_class": experiment.per_class}
+        wanted["metrics"] = [name.strip() for name in experiment.metrics.split(",")]
+        changed = [name for name, value in wanted.items() if by.get(name) != value]
+        changed += ["networks"] if list(by.get("networks", ())) != plan.networks else []
+        if changed:
+            raise UserError(
+                f"{plan.run_folder(run)}: was drawn or scored with other {', '.join(changed)}; remove its scores.json "
+                f"and {DRAWN}/ to do that anew, or name another output_dir"
+            )
+
+
+def _scores(
+    network: Network,
+    made: Sequence[ImageRecord],
+    labels: Sequence[int] | None,
+    real: Sequence[ImageRecord],
+    train: Sequence[ImageRecord],
+    task: Task,
+    groups: Sequence[str],
+    cache: Path,
+    accelerator,
+) -> dict[str, Any]:
+    """Figures, notes and coverage by class, by one network."""
+    features, reference = (features_of(network, own, RESIZE, cache, accelerator) for own in (made, real))
+    scores = score_images(features, reference, None, None, groups, DRAWS)
+    of_real = [image.label for image in real]
+    coverage = {}
+    if "prdc" in groups:
+        try:
+            coverage = class_coverage(reference, of_real, features, labels)
+        except ValueError as error:
+            scores.notes.append(f"coverage by class: {error}")
+    if labels is not None:
+        learned = features_of(network, train, RESIZE, cache, accelerator)
+        probe = Probe(learned, [image.label for image in train], task.classes)
+        for name, pair in {"accuracy": (features, labels), "accuracy_real": (reference, of_real)}.items():
+            scores.figures[name] = mean_figure(probe.right(*pair), DRAWS.number, DRAWS.seed)
+    figures = {name: figure.entries() for name, figure in scores.figures.items()}
+    return {"figures": figures, "notes": scores.notes, "coverage_by_class": coverage}

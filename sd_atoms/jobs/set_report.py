@@ -1,0 +1,68 @@
+"""From what finished runs on image sets left to their report."""
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from sd_atoms.data.records import ImageRecord
+from sd_atoms.data.vtab import Task
+from sd_atoms.errors import UserError
+from sd_atoms.jobs.plan import PRETRAINED
+from sd_atoms.jobs.results import collected
+from sd_atoms.jobs.set_drawing import reference_of, set_requests
+from sd_atoms.jobs.sets import SetPlan
+from sd_atoms.report.sets import ImageSet, SetComparison
+
+
+def set_comparison(plan: SetPlan, failed: Mapping[str, str]) -> SetComparison:
+    """What a report is made of; raises UserError where finished runs cannot stand side by side."""
+    entries = collected(plan)
+    done = {entry["scores"]["concept"] for entry in entries}
+    return SetComparison(
+        base=str(plan.config(plan.runs[0]).base.pretrained_model_name_or_path),
+        sets=tuple(_image_set(plan, name, tasks) for name, tasks in plan.sets.items() if name in done),
+        methods=(PRETRAINED, *plan.methods),
+        runs=tuple(entries),
+        failed=dict(failed),
+    )
+
+
+def shown_labels(task: Task, present: Sequence[int], columns: int) -> list[int]:
+    """The classes that a figure shows: all that are drawn, or so many, spread over them."""
+    return list(present) if len(present) <= columns else [present[n * len(present) // columns] for n in range(columns)]
+
+
+def _image_set(plan: SetPlan, name: str, tasks: Sequence[Task]) -> ImageSet:
+    task, count = tasks[0], plan.experiment.columns
+    run = next(run for run in plan.runs if run.concept == name)
+    reference = reference_of(plan, run)
+    requests, labels = set_requests(task, plan.experiment, reference)
+    titles = [own.title for own in tasks]
+    if labels is None:
+        real = [reference[n * len(reference) // count] for n in range(min(count, len(reference)))]
+        shown = [request.name for request in requests[:count]]
+        width = max(len(real), len(shown))
+        columns = [f"sample {n}" for n in range(width)]
+        images = [_opened(image) for image in real]
+        return ImageSet(
+            name, titles, columns, images + [None] * (width - len(images)), shown + [""] * (width - len(shown)), ()
+        )
+    chosen = shown_labels(task, sorted(set(labels)), count)
+    first = {label: requests[labels.index(label)].name for label in chosen}
+    real = {label: next((image for image in reference if image.label == label), None) for label in chosen}
+    return ImageSet(
+        name,
+        titles,
+        [task.class_names[label] for label in chosen],
+        [_opened(real[label]) for label in chosen],
+        [first[label] for label in chosen],
+        task.class_names,
+    )
+
+
+def _opened(image: ImageRecord | None) -> Image.Image | None:
+    """The picture; None where it cannot be read, which on_bad_image=skip allows."""
+    try:
+        return None if image is None else image.read()
+    except UserError:
+        return None
