@@ -26,6 +26,7 @@ from sd_atoms.settings import setting
 
 TAKEN = 75  # exit code of a job that another process holds (EX_TEMPFAIL)
 POLL_SECONDS = 0.2
+WATCH_SECONDS = 2.0  # looks at files of a shared disk
 HOW = "how it is worked through"
 LAST_BYTES = 4000  # of a log
 
@@ -159,6 +160,11 @@ def note_failure(folder: Path, name: str, why: str) -> None:
     write_text(_beside(folder, name, ".failed"), why)
 
 
+def forget_failure(folder: Path, name: str) -> None:
+    """A job is to be begun again."""
+    _beside(folder, name, ".failed").unlink(missing_ok=True)
+
+
 def log_of(job: Job, folder: Path) -> Path:
     """What a job prints goes there."""
     return _beside(folder, job.name, ".log")
@@ -211,6 +217,31 @@ def run_jobs(
             raise
 
 
+def watch_jobs(jobs: Sequence[Job], folder: Path, told: Callable[[str], None] = print) -> dict[str, str]:
+    """Waits until others have done every job or failed in it, by their files and locks alone.
+
+    Args:
+        jobs: what others work at.
+        folder: of locks and logs.
+        told: gets a line on each job that ended.
+
+    Returns:
+        name -> why it failed, of those that did.
+    """
+    ended = {job.name: "done" for job in jobs if job.done.exists()}
+    with progress_bar(len(jobs), "Runs", "run", initial=len(ended)) as bar:
+        while True:
+            states = {job.name: state_of(job, folder) for job in jobs}
+            for name, state in states.items():
+                if state in ("done", "failed") and ended.get(name) != state:
+                    bar.update(name not in ended)
+                    ended[name] = state
+                    told(f"{name}: {state}{': ' if state == 'failed' else ''}{failure_of(folder, name)}")
+            if all(state in ("done", "failed") for state in states.values()):
+                return {name: failure_of(folder, name) for name, state in states.items() if state == "failed"}
+            time.sleep(WATCH_SECONDS)
+
+
 def _lost(jobs: Sequence[Job], finished: set[str], failed: dict[str, str]) -> dict[str, str]:
     """name -> why it cannot be done, of jobs that need one that failed, directly or not."""
     lost: dict[str, str] = {}
@@ -261,7 +292,7 @@ def _collect(running: dict, folder: Path, failed: dict[str, str], told: Callable
             told(f"{job.name}: done in {_duration(time.monotonic() - started)}")
         elif code != TAKEN:
             failed[job.name] = (
-                _last_error(log_of(job, folder)) or f"it ended with code {code}, see {log_of(job, folder)}"
+                last_error(log_of(job, folder)) or f"it ended with code {code}, see {log_of(job, folder)}"
             )
             note_failure(folder, job.name, failed[job.name])
             told(f"{job.name}: failed: {failed[job.name]}")
@@ -270,7 +301,7 @@ def _collect(running: dict, folder: Path, failed: dict[str, str], told: Callable
 def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
     path = log_of(job, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _beside(folder, job.name, ".failed").unlink(missing_ok=True)
+    forget_failure(folder, job.name)
     with open(path, "ab") as log:
         log.write(f"$ {shlex.join(job.command)}\n".encode())
         log.flush()
@@ -289,7 +320,7 @@ def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
     return process
 
 
-def _last_error(path: Path) -> str:
+def last_error(path: Path) -> str:
     """What a log says of a failure since its job was begun: the line of an error, or the last one of a traceback."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - LAST_BYTES))

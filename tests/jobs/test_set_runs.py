@@ -251,7 +251,7 @@ def test_a_failed_run_is_told_and_the_others_are_reported(tmp_path):
 
 
 def test_a_report_without_some_runs_shows_the_others_and_says_why(finished, tmp_path, capsys):
-    folder, plan = finished
+    folder, _ = finished
     shutil.copytree(folder / "out", tmp_path / "out")
     part = read_set_plan(str(folder / "e.yaml"), {"output_dir": str(tmp_path / "out")})
     (tmp_path / "out/runs/dsprites/lora/seed-0" / SCORES).unlink()

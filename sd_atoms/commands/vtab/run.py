@@ -18,9 +18,22 @@ from sd_atoms.commands import train
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
+from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, say_how_to_stop, submit_workers
 from sd_atoms.jobs.experiment import FORCED
 from sd_atoms.jobs.plan import PRETRAINED, Run
-from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
+from sd_atoms.jobs.queue import (
+    HOW,
+    TAKEN,
+    Job,
+    QueueSettings,
+    Taken,
+    forget_failure,
+    held,
+    note_failure,
+    run_jobs,
+    status_text,
+    watch_jobs,
+)  # fmt: skip
 from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
 from sd_atoms.jobs.set_cost import plan_text
 from sd_atoms.jobs.set_drawing import check_sets_scored_as_planned, draw_set, reference_of, score_set
@@ -28,7 +41,7 @@ from sd_atoms.jobs.set_report import set_comparison
 from sd_atoms.jobs.sets import SetExperiment, SetPlan, read_set_plan
 from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.report.sets import write_set_report
-from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml
+from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml, unmet_needs
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
 
@@ -38,6 +51,7 @@ class Working:
     """How an experiment is worked through."""
 
     queue: QueueSettings = section(QueueSettings)
+    cluster: ClusterSettings = section(ClusterSettings)
     dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
     run: str | None = setting(None, HOW, "do this one run here and now, as every executor does")
     report: bool = setting(True, HOW, "write the report at the end")
@@ -63,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     flags = vars(arguments)
     file = flags.pop("config")
     working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    if problems := unmet_needs(working):
+        raise UserError("; ".join(problems))
     plan = read_set_plan(file, flags)
     if working.run is not None:
         run_one(plan, working.run)
@@ -72,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         jobs = jobs_of(plan, file, flags)
         print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
     else:
-        failed = work_through(plan, jobs_of(plan, file, flags), working)
+        failed = work_through(plan, jobs_of(plan, file, flags), working, command(file, flags))
         if working.report:
             report(plan, failed)
         if failed:
@@ -95,14 +111,42 @@ def run_one(plan: SetPlan, name: str) -> None:
         raise
 
 
-def work_through(plan: SetPlan, jobs: list[Job], working: Working) -> dict[str, str]:
-    """Does all runs that are not done; name -> why it failed, of those that did. Raises as `run`."""
+def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[str, ...]) -> dict[str, str]:
+    """Does all runs that are not done; name -> why it failed, of those that did.
+
+    Args:
+        plan: the experiment.
+        jobs: its runs.
+        working: where and how.
+        words: that start the experiment again, for workers elsewhere.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `run`.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("vtab run starts its runs itself; start it without accelerate launch")
     check_plan(plan)
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
-    slots = working.queue.slots()
-    return run_jobs(jobs, plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
+    slots, queue, cluster = working.queue.slots(), plan.folder / QUEUE, working.cluster
+
+    def told(text: str) -> None:
+        print(text, flush=True)
+
+    if cluster.executor == "local":
+        return run_jobs(jobs, queue, slots, told)
+    if cluster.executor == "ray":
+        return run_on_ray(jobs, queue, cluster, told)
+    if all(job.done.exists() for job in jobs):
+        return {}
+    for job in jobs:
+        forget_failure(queue, job.name)
+    number = submit_workers([*words, "--no-report"], queue / "slurm", cluster)
+    told(f"Slurm job {number}: {cluster.workers} workers; --status tells how far they are")
+    try:
+        return watch_jobs(jobs, queue, told)
+    except KeyboardInterrupt:
+        say_how_to_stop(number)
+        raise
 
 
 def check_plan(plan: SetPlan) -> None:
