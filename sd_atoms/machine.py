@@ -23,14 +23,15 @@ from sd_atoms.errors import UserError
 
 S, T = TypeVar("S"), TypeVar("T")
 HANDED_OVER = 4  # items
+GIVEN_CORES = "SD_ATOMS_CORES"  # environment variable of the executors of `jobs.cluster`
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on; fewer than the machine has under taskset or in a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores that this process may run on; fewer than the machine has under taskset, in a container, or where a
+    scheduler that binds no process to cores gave it so many."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, int(os.environ.get(GIVEN_CORES, here)))
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from sd_atoms.errors import UserError
-from sd_atoms.machine import make_accelerator
+from sd_atoms.machine import GIVEN_CORES, make_accelerator, usable_cores
 
 CONFIGS = sorted(Path("configs/accelerate").glob("*.yaml"))
 
@@ -31,3 +31,12 @@ def test_sharding_is_refused_in_one_line(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
     with pytest.raises(UserError, match=f"distributed_type {kind.value} shards .* MULTI_GPU is allowed"):
         make_accelerator()
+
+
+def test_a_scheduler_s_share_of_the_cores_holds_where_nothing_is_bound(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert usable_cores() == 8
+    monkeypatch.setenv(GIVEN_CORES, "3")
+    assert usable_cores() == 3
+    monkeypatch.setenv(GIVEN_CORES, "64")  # more than there are
+    assert usable_cores() == 8

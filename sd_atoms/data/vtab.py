@@ -28,10 +28,10 @@ DEMO = ("fashion_mnist", "pocket_world")  # none of VTAB's
 class Task:
     """A labelling of an image set.
 
-    name: of its file. title: as people write it. group: natural, specialized, structured, demo, or another word.
-    test_images: how many its test split has. prompt: with {} for the class, or without where no class is named.
-    class_names: by label. image_set: what tasks on the same images share. folders: its names on disk, the usual one
-    first.
+    name: of its packaged file, or the path of one's own. title: as people write it. group: natural, specialized,
+    structured, demo, or another word. test_images: how many its test split has. prompt: with {} for the class, or
+    without where no class is named. class_names: by label. image_set: what tasks on the same images share. folders:
+    its names on disk, the usual one first.
     """
 
     name: str
@@ -66,7 +66,7 @@ def load_task(name: str) -> Task:
         UserError: there is none, or the file says something else than a task.
     """
     if name.endswith((".yaml", ".yml")):
-        return _task(Path(name).stem, name, read_yaml(name))
+        return _task(name, name, read_yaml(name))
     if name in (*TASKS, *DEMO):
         return _packaged(name)
     for known in TASKS:
@@ -99,7 +99,7 @@ def _packaged(name: str) -> Task:
 
 
 def _task(name: str, path: str, entries: dict[str, Any]) -> Task:
-    entries = {"image_set": name, "folders": [name]} | entries
+    entries = {"image_set": Path(name).stem, "folders": [Path(name).stem]} | entries
     kinds = [field.name for field in fields(Task) if field.name != "name"]
     problems = [f"unknown key {shown(key)}" for key in entries if key not in kinds]
     problems += [f"{key} is required" for key in kinds if key not in entries]

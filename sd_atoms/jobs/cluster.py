@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from sd_atoms.errors import UserError
-from sd_atoms.jobs.queue import HOW, TAKEN, Job, forget_failure, last_error, log_of, note_failure
+from sd_atoms.jobs.queue import (
+    HOW,
+    TAKEN,
+    Job,
+    failure_of,
+    forget_failure,
+    last_error,
+    log_of,
+    note_failure,
+    state_of,
+)  # fmt: skip
+from sd_atoms.machine import GIVEN_CORES
+from sd_atoms.progress import progress_bar
 from sd_atoms.settings import setting
 
 EXECUTORS = ("local", "slurm", "ray")
 TIMEOUTS = 100  # how often a worker may run into its time limit and begin again
+WATCH_SECONDS = 2.0  # between looks at the files of a shared disk
 TAKEN_SECONDS = 2.0  # between tries at a job that another process still holds
 STOP_SECONDS = 60.0  # for a run to save a checkpoint when its task is called off
 
@@ -51,7 +63,11 @@ class Worker:
     def __call__(self, words: Sequence[str]) -> int:
         """The exit code of the queue."""
         # Slurm sends the signal that announces the end to all processes of the step
-        self.process = subprocess.Popen(words, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        self.process = subprocess.Popen(
+            words,
+            env=_with_cores(int(os.environ.get("SLURM_CPUS_PER_TASK", 1))),
+            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        )
         return self.process.wait()
 
     def checkpoint(self, words: Sequence[str]) -> Any:
@@ -98,6 +114,31 @@ def submit_workers(words: Sequence[str], folder: Path, settings: ClusterSettings
     return submitted[0].job_id.split("_")[0]
 
 
+def watch_jobs(jobs: Sequence[Job], folder: Path, told: Callable[[str], None] = print) -> dict[str, str]:
+    """Waits until others have done every job or failed in it, by their files and locks alone.
+
+    Args:
+        jobs: what others work at.
+        folder: of locks and logs.
+        told: gets a line on each job that ended.
+
+    Returns:
+        name -> why it failed, of those that did.
+    """
+    ended = {job.name: "done" for job in jobs if job.done.exists()}
+    with progress_bar(len(jobs), "Runs", "run", initial=len(ended)) as bar:
+        while True:
+            states = {job.name: state_of(job, folder) for job in jobs}
+            for name, state in states.items():
+                if state in ("done", "failed") and ended.get(name) != state:
+                    bar.update(name not in ended)
+                    ended[name] = state
+                    told(f"{name}: {state}{': ' if state == 'failed' else ''}{failure_of(folder, name)}")
+            if all(state in ("done", "failed") for state in states.values()):
+                return {name: failure_of(folder, name) for name, state in states.items() if state == "failed"}
+            time.sleep(WATCH_SECONDS)
+
+
 def run_on_ray(
     jobs: Sequence[Job], folder: Path, settings: ClusterSettings, told: Callable[[str], None] = print
 ) -> dict[str, str]:
@@ -136,7 +177,7 @@ def run_on_ray(
             if not job.done.exists():
                 forget_failure(folder, job.name)
                 tasks[task.remote(list(job.command), str(job.done.absolute()), str(log_of(job, folder).absolute()),
-                                  os.getcwd())] = job  # fmt: skip
+                                  os.getcwd(), settings.cpus)] = job  # fmt: skip
         while tasks:
             (ended,), _ = ray.wait(list(tasks), num_returns=1)
             job = tasks.pop(ended)
@@ -154,7 +195,7 @@ def run_on_ray(
         ray.shutdown()
 
 
-def _run_job(command: list[str], done: str, log: str, folder: str) -> str:
+def _run_job(command: list[str], done: str, log: str, folder: str, cpus: int) -> str:
     """Runs on a node of Ray: why a job failed, or "". What a lost node left running is waited for, not repeated."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     while not Path(done).exists():
@@ -162,9 +203,14 @@ def _run_job(command: list[str], done: str, log: str, folder: str) -> str:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                command,
+                cwd=folder,
+                env=_with_cores(cpus),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             try:
                 code = process.wait()
             except BaseException:  # called off
@@ -178,14 +224,13 @@ def _run_job(command: list[str], done: str, log: str, folder: str) -> str:
     return ""
 
 
+def _with_cores(count: int) -> dict[str, str]:
+    return {**os.environ, GIVEN_CORES: str(count)}
+
+
 def _options(text: str | None) -> dict[str, str]:
     """name=value,name=value as a mapping; raises UserError for anything else."""
     pairs = [part.split("=", 1) for part in (text or "").split(",") if part.strip()]
     if not all(len(pair) == 2 and pair[0].strip() for pair in pairs):
         raise UserError(f"slurm_options: {text!r}: name=value is allowed, with commas between")
     return {name.strip(): value.strip() for name, value in pairs}
-
-
-def say_how_to_stop(number: str) -> None:
-    """What is left to know of a job array that works on."""
-    print(f"The workers go on. They stop by: scancel {number}", file=sys.stderr)

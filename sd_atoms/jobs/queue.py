@@ -26,7 +26,6 @@ from sd_atoms.settings import setting
 
 TAKEN = 75  # exit code of a job that another process holds (EX_TEMPFAIL)
 POLL_SECONDS = 0.2
-WATCH_SECONDS = 2.0  # looks at files of a shared disk
 HOW = "how it is worked through"
 LAST_BYTES = 4000  # of a log
 
@@ -215,31 +214,6 @@ def run_jobs(
         except BaseException:
             _stop([process for _, process, _ in running.values()])
             raise
-
-
-def watch_jobs(jobs: Sequence[Job], folder: Path, told: Callable[[str], None] = print) -> dict[str, str]:
-    """Waits until others have done every job or failed in it, by their files and locks alone.
-
-    Args:
-        jobs: what others work at.
-        folder: of locks and logs.
-        told: gets a line on each job that ended.
-
-    Returns:
-        name -> why it failed, of those that did.
-    """
-    ended = {job.name: "done" for job in jobs if job.done.exists()}
-    with progress_bar(len(jobs), "Runs", "run", initial=len(ended)) as bar:
-        while True:
-            states = {job.name: state_of(job, folder) for job in jobs}
-            for name, state in states.items():
-                if state in ("done", "failed") and ended.get(name) != state:
-                    bar.update(name not in ended)
-                    ended[name] = state
-                    told(f"{name}: {state}{': ' if state == 'failed' else ''}{failure_of(folder, name)}")
-            if all(state in ("done", "failed") for state in states.values()):
-                return {name: failure_of(folder, name) for name, state in states.items() if state == "failed"}
-            time.sleep(WATCH_SECONDS)
 
 
 def _lost(jobs: Sequence[Job], finished: set[str], failed: dict[str, str]) -> dict[str, str]:

@@ -76,7 +76,9 @@ def test_dsprites_classes_are_of_the_sizes_that_flooring_gives():
 def test_a_task_of_one_s_own(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text('title: Mine\ngroup: own\ntest_images: 4\nprompt: "photo of {}."\nclass_names: [a cat, a dog]\n')
-    assert load_task(str(file)).prompts == ("photo of a cat.", "photo of a dog.")
+    task = load_task(str(file))
+    assert (task.prompts, task.image_set, task.folders) == (("photo of a cat.", "photo of a dog."), "mine", ("mine",))
+    assert load_task(task.name) == task  # it goes by its file
     file.write_text("title: 3\ngroup: own\nclass_names: [cat, cat]\nprompt: x\nclasses: 2\n")
     with pytest.raises(UserError) as error:
         load_task(str(file))

@@ -12,8 +12,8 @@ from test_set_runs import experiment, outcome
 
 from sd_atoms.commands.vtab.run import jobs_of
 from sd_atoms.errors import UserError
-from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, submit_workers
-from sd_atoms.jobs.queue import Job, held, note_failure, state_of, watch_jobs
+from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, submit_workers, watch_jobs
+from sd_atoms.jobs.queue import Job, held, note_failure, state_of
 from sd_atoms.jobs.results import QUEUE, SCORES
 from sd_atoms.jobs.sets import read_set_plan
 

@@ -18,7 +18,7 @@ from sd_atoms.commands import train
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
-from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, say_how_to_stop, submit_workers
+from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, submit_workers, watch_jobs
 from sd_atoms.jobs.experiment import FORCED
 from sd_atoms.jobs.plan import PRETRAINED, Run
 from sd_atoms.jobs.queue import (
@@ -32,7 +32,6 @@ from sd_atoms.jobs.queue import (
     note_failure,
     run_jobs,
     status_text,
-    watch_jobs,
 )  # fmt: skip
 from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
 from sd_atoms.jobs.set_cost import plan_text
@@ -145,7 +144,7 @@ def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[
     try:
         return watch_jobs(jobs, queue, told)
     except KeyboardInterrupt:
-        say_how_to_stop(number)
+        print(f"The workers go on. They stop by: scancel {number}", file=sys.stderr)
         raise
 
 
