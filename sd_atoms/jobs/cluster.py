@@ -21,11 +21,12 @@ from sd_atoms.jobs.queue import (
     Job,
     failure_of,
     forget_failure,
+    interruptible,
     last_error,
     log_of,
     note_failure,
     state_of,
-)  # fmt: skip
+)
 from sd_atoms.machine import GIVEN_CORES
 from sd_atoms.progress import progress_bar
 from sd_atoms.settings import setting
@@ -124,9 +125,12 @@ def watch_jobs(jobs: Sequence[Job], folder: Path, told: Callable[[str], None] = 
 
     Returns:
         name -> why it failed, of those that did.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the others work on.
     """
     ended = {job.name: "done" for job in jobs if job.done.exists()}
-    with progress_bar(len(jobs), "Runs", "run", initial=len(ended)) as bar:
+    with interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(ended)) as bar:
         while True:
             states = {job.name: state_of(job, folder) for job in jobs}
             for name, state in states.items():
@@ -178,14 +182,16 @@ def run_on_ray(
                 forget_failure(folder, job.name)
                 tasks[task.remote(list(job.command), str(job.done.absolute()), str(log_of(job, folder).absolute()),
                                   os.getcwd(), settings.cpus)] = job  # fmt: skip
-        while tasks:
-            (ended,), _ = ray.wait(list(tasks), num_returns=1)
-            job = tasks.pop(ended)
-            why = ray.get(ended)
-            if why:
-                failed[job.name] = why
-                note_failure(folder, job.name, why)
-            told(f"{job.name}: failed: {why}" if why else f"{job.name}: done")
+        with interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(jobs) - len(tasks)) as bar:
+            while tasks:
+                (ended,), _ = ray.wait(list(tasks), num_returns=1)
+                job = tasks.pop(ended)
+                why = ray.get(ended)
+                if why:
+                    failed[job.name] = why
+                    note_failure(folder, job.name, why)
+                bar.update()
+                told(f"{job.name}: failed: {why}" if why else f"{job.name}: done")
         return failed
     except KeyboardInterrupt:
         for ended in tasks:

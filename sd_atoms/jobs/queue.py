@@ -189,7 +189,7 @@ def run_jobs(
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # number of the slot -> what it works at, since when
     failed: dict[str, str] = {}
     finished = {job.name for job in jobs if job.done.exists()}
-    with _interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(finished)) as bar:
+    with interruptible(), progress_bar(len(jobs), "Runs", "run", initial=len(finished)) as bar:
         try:
             while True:
                 _collect(running, folder, failed, told)
@@ -320,7 +320,7 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM as Ctrl-C, for a while."""
 
     def interrupt(number, frame):

@@ -1,7 +1,6 @@
 """The executors of a cluster: a real Slurm and a real Ray on this machine, their workers killed on the way."""
 
 import importlib.util
-import signal
 import subprocess
 import sys
 import time
@@ -33,7 +32,8 @@ def finished(process, folder):
 
 
 def started(folder, *words):
-    file = experiment(folder, settings=STEPS | {"pretrained_model_name_or_path": str(folder / "base")})
+    settings = STEPS | {"pretrained_model_name_or_path": str(folder / "base")}
+    file = experiment(folder, settings=settings, methods=["atoms"])
     return subprocess.Popen([*WORDS, file, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -76,12 +76,12 @@ def test_slurm_s_refusal_and_a_cancelled_array_are_told_and_the_command_goes_on(
         with pytest.raises(UserError, match="executor=slurm: .*partition"):
             submit_workers(["true"], tmp_path / "q", ClusterSettings(executor="slurm", partition="none"))
         folder = tmp_path / "one"
-        words = ("--executor", "slurm", "--tasks", "patch_camelyon", "--methods", "atoms")
+        words = ("--executor", "slurm", "--tasks", "patch_camelyon")
         process = started(folder, *words)
         until(lambda: any((folder / "out/runs").rglob("checkpoint-*")), "a checkpoint", END_SECONDS)
         said("scancel", *said("squeue", "-h", "-r", "-o", "%A").split())
         until(lambda: not said("squeue", "-h"), "no worker", END_SECONDS)
-        process.send_signal(signal.SIGINT)  # nobody works any more; only the folders are asked
+        process.terminate()  # nobody works any more, and only the folders are asked
         assert "They stop by: scancel" in process.communicate()[0]
         finished(started(folder, *words), folder)
         assert len(done_in(folder)) == 2

@@ -32,7 +32,7 @@ from sd_atoms.jobs.queue import (
     note_failure,
     run_jobs,
     status_text,
-)  # fmt: skip
+)
 from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
 from sd_atoms.jobs.set_cost import plan_text
 from sd_atoms.jobs.set_drawing import check_sets_scored_as_planned, draw_set, reference_of, score_set
