@@ -58,7 +58,7 @@ def test_slurm_loses_no_run_when_jobs_are_requeued_or_cancelled(local, tmp_path)
         process = started(folder, *words)
         until(lambda: len(said("squeue", "-h", "-r", "-t", "R").splitlines()) == 2, "two workers", END_SECONDS)
         until(lambda: any((folder / "out/runs").rglob("checkpoint-*")), "a checkpoint", END_SECONDS)
-        first, second = said("squeue", "-h", "-r", "-t", "R", "-o", "%A").split()
+        first, second = said("squeue", "-h", "-r", "-t", "R", "-o", "%i").split()
         said("scontrol", "requeue", first)
         until(lambda: len(list((folder / "out/runs").rglob(SCORES))) >= 2, "two runs", END_SECONDS)
         kept = done_in(folder)
@@ -79,7 +79,7 @@ def test_slurm_s_refusal_and_a_cancelled_array_are_told_and_the_command_goes_on(
         words = ("--executor", "slurm", "--tasks", "patch_camelyon")
         process = started(folder, *words)
         until(lambda: any((folder / "out/runs").rglob("checkpoint-*")), "a checkpoint", END_SECONDS)
-        said("scancel", *said("squeue", "-h", "-r", "-o", "%A").split())
+        said("scancel", *said("squeue", "-h", "-r", "-o", "%i").split())
         until(lambda: not said("squeue", "-h"), "no worker", END_SECONDS)
         process.terminate()  # nobody works any more, and only the folders are asked
         assert "They stop by: scancel" in process.communicate()[0]
