@@ -38,8 +38,8 @@ class Settings:
     networks: str = setting(
         None,
         HOW,
-        "what makes features, comma-separated: pocket:clip, efficientnet-lite0, openai/clip-vit-large-patch14, "
-        "facebook/dinov2-base, a folder, …; judges disagree, so take two",
+        "what makes features, comma-separated: pocket:clip, pocket:judge, efficientnet-lite0, "
+        "openai/clip-vit-large-patch14, facebook/dinov2-base, a folder, …; judges disagree, so take two",
         required=True,
     )
     metrics: str = setting(",".join(GROUPS), HOW, f"comma-separated, of {', '.join(GROUPS)}")

@@ -51,7 +51,7 @@ def open_network(name: str, device: str | torch.device = "cpu", resize: str = "a
     pooling), or efficientnet-lite0 (1,280 averages).
 
     Args:
-        name: pocket:clip, efficientnet-lite0, a folder, or a hub id such as facebook/dinov2-base.
+        name: pocket:clip, pocket:judge, efficientnet-lite0, a folder, or a hub id such as facebook/dinov2-base.
         device: where it runs.
         resize: antialiased as the model's own processor does it, or legacy, bilinear without, as of older figures.
 
