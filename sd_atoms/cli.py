@@ -34,12 +34,16 @@ COMMANDS = (
     "import",
     "extract",
     "vtab",
+    "classify",
     "bench",
     "pretrain-pocket",
 )
 BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
-OF_VTAB = ("table", "make-demo", "run")  # a module each
-CONFIGURED = ("train", "doctor", "generate", "drift")  # take a YAML file of settings
+VERBS = {
+    "vtab": ("table", "make-demo", "run"),
+    "classify": ("train", "evaluate", "predict", "cam", "merge", "compare"),
+}  # a module each
+CONFIGURED = ("train", "doctor", "generate", "drift", "classify train")  # take a YAML file of settings
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -72,10 +76,11 @@ def _start(command: str, words: list[str], program: str) -> None:
     from sd_atoms.training.interrupt import Interrupted
 
     words, settings = [_underscored(word) for word in words], getattr(module, "Settings", None)
-    if command == "vtab":
-        verb = _choose(words, program, OF_VTAB, module.__doc__)
-        module = importlib.import_module(f"sd_atoms.commands.vtab.{verb.replace('-', '_')}")
+    if command in VERBS:
+        verb = _choose(words, program, VERBS[command], module.__doc__)
+        module = importlib.import_module(f"{module.__name__}.{verb.replace('-', '_')}")
         words, program, settings = words[1:], f"{program} {verb}", getattr(module, "Settings", None)
+        command = f"{command} {verb}"
     if command == "bench":
         benchmark = _choose(words, program, BENCHMARKS, module.__doc__)
         words, program, settings = words[1:], f"{program} {benchmark}", getattr(module, benchmark.capitalize())

@@ -192,9 +192,9 @@ def changed_settings(config: TrainConfig, path: Path, free: Collection[str] = ()
     Raises:
         UserError: the file cannot be read.
     """
-    usual = {name: field.default for name, (_, field) in fields_of(TrainConfig).items()}
-    before, now = usual | read_settings(TrainConfig, path), plain_values(config)
-    left_open = {*free} | ({"resolution"} if now["resolution"] is None else set())
+    usual = {name: field.default for name, (_, field) in fields_of(type(config)).items()}
+    before, now = usual | read_settings(type(config), path), plain_values(config)
+    left_open = {*free} | ({"resolution"} if now.get("resolution", 0) is None else set())
     return [
         f"{key} was {shown(before.get(key))}, now {shown(now.get(key))}"
         for key in {**now, **before}

@@ -7,6 +7,8 @@ from sd_atoms.tuner.plan import CONVOLUTIONS
 TARGET_SETS = {
     "conv3x3": "every Conv2d with a 3×3 kernel",
     "conv": "every Conv1d, Conv2d and Conv3d",
+    "spatial": "every convolution with a kernel larger than 1, depthwise ones too",
+    "dense": "every convolution in one group and every Linear layer",
     "conv+linear": "every convolution and every Linear layer",
     "attn": "the query, key, value and output projections of attention (to_q, to_k, to_v, to_out.0)",
     "all-linear": "every Linear layer",
@@ -40,6 +42,10 @@ def _belongs(target_set: str, name: str, layer: nn.Module) -> bool:
     if target_set == "conv3x3":
         return type(layer) is nn.Conv2d and layer.kernel_size == (3, 3)
     conv, linear = type(layer) in CONVOLUTIONS, type(layer) is nn.Linear
+    if target_set == "spatial":
+        return conv and max(layer.kernel_size) > 1
+    if target_set == "dense":
+        return linear or (conv and layer.groups == 1)
     if target_set == "conv":
         return conv
     if target_set == "conv+linear":

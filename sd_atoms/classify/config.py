@@ -1,0 +1,183 @@
+"""All settings of a classifier's training."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sd_atoms.classify.models import NORMALISATIONS
+from sd_atoms.errors import UserError
+from sd_atoms.methods import Method
+from sd_atoms.methods.registry import check_settings
+from sd_atoms.methods.table import METHODS
+from sd_atoms.settings import section, setting, unmet_needs
+from sd_atoms.training.config import (
+    LR_SCHEDULES,
+    LoopSettings,
+    MethodSettings,
+    OutputSettings,
+    PrecisionSettings,
+    budget_problems,
+)
+
+MODEL, DATA, ADAPTER, OPTIMISER, RUN = "the network", "what it learns", "what is trained", "optimiser", "run"
+HEAD = "head"  # the method that trains nothing else
+HEAD_ALONE = Method(
+    name=HEAD,
+    help="a linear probe: the head alone",
+    build=lambda model, settings, target: None,
+    kind=lambda name: HEAD,
+    main_kinds=(HEAD,),
+    rates={HEAD: 1e-3},
+)
+# target modules of a classifier, where it has other layers than a UNet
+TARGETS = {"atoms": "spatial", "lora-conv": "spatial", "oft": "all-linear"} | dict.fromkeys(
+    ("lora", "locon", "loha", "lokr", "lycoris-locon", "lycoris-loha", "lycoris-lokr"), "dense"
+)
+NOT_OFFERED = ("token", "difffit")  # of prompts, and of the transformer blocks of a UNet
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The pretrained network."""
+
+    model: str = setting(
+        None, MODEL, "efficientnet-lite0, a folder or hub id of transformers, or timm:NAME", required=True
+    )
+    keep_head: bool = setting(False, MODEL, "go on with the pretrained head, where it is of the same classes")
+    head_dropout: float = setting(
+        0.0, MODEL, "share of features that training drops before the head", low=0.0, high=0.9
+    )
+    size_px: int | None = setting(None, MODEL, "side of the images; none = the model's own", low=32, high=2048)
+    normalisation: str = setting(
+        "model", MODEL, "of pixels: the model's own, or another", choices=tuple(NORMALISATIONS)
+    )
+
+
+@dataclass(frozen=True)
+class ClassDataSettings:
+    """Labelled images, and what a sample is of one."""
+
+    data: str = setting(
+        None,
+        DATA,
+        "vtab:TASK, or a folder or CSV file: train/CLASS/ with test/CLASS/, CLASS/, path,label, CUB-200-2011, "
+        "CIFAR-100",
+        required=True,
+    )
+    dataset_dir: str | None = setting(None, DATA, "the images of vtab:TASK: a folder, or an id for `datasets`")
+    test_data: str | None = setting(None, DATA, "folder of classes or CSV file to test on; none = as `data` has it")
+    test_share: float = setting(0.2, DATA, "of each class, where there are no test images", low=0.01, high=0.9)
+    max_train_samples: int | None = setting(None, DATA, "learn from so many images only, drawn by the seed", low=1)
+    max_test_samples: int | None = setting(None, DATA, "test on so many only, drawn by the seed", low=2)
+    random_flip: bool = setting(False, DATA, "mirror half of the samples")
+    crop_scale: float = setting(
+        1.0, DATA, "smallest share of an image that a sample's crop has, such as 0.08; 1 = no crop", low=0.01, high=1.0
+    )
+    on_bad_image: str = setting("error", DATA, "an image that cannot be read", choices=("error", "skip"))
+    cache_dir: str | None = setting(None, DATA, "folder in which what was seen of the images stays")
+
+
+@dataclass(frozen=True)
+class ClassMethodSettings(MethodSettings):
+    """What is trained besides the head."""
+
+    method: str = setting(
+        "atoms",
+        ADAPTER,
+        f"head, or {', '.join(name for name in METHODS if name not in NOT_OFFERED)}, or one of another package",
+    )
+
+    def chosen(self) -> Method:
+        """The method; raises UserError as the original does."""
+        return HEAD_ALONE if self.method == HEAD and self.peft_config is None else super().chosen()
+
+
+@dataclass(frozen=True)
+class ClassOptimiserSettings:
+    """How trained parameters move."""
+
+    learning_rate: float | None = setting(
+        None, OPTIMISER, "of what is trained in the network; none = the method's", low=0.0
+    )
+    beta_learning_rate: float | None = setting(None, OPTIMISER, "of β; none = as usual", low=0.0, needs=["m1"])
+    head_learning_rate: float = setting(1e-3, OPTIMISER, "of the head", low=0.0)
+    lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
+    lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps of rising learning rate", low=0)
+    lr_warmup_epochs: float | None = setting(None, OPTIMISER, "the same in passes over the images", low=0.0)
+    lr_num_cycles: int = setting(
+        1, OPTIMISER, "restarts of cosine_with_restarts", low=1, needs=["lr_scheduler=cosine_with_restarts"]
+    )
+    lr_power: float = setting(1.0, OPTIMISER, "power of polynomial", low=0.0, needs=["lr_scheduler=polynomial"])
+    adam_beta1: float = setting(0.9, OPTIMISER, "decay of the mean of gradients", low=0.0, high=0.9999999)
+    adam_beta2: float = setting(0.999, OPTIMISER, "decay of their squares", low=0.0, high=0.9999999)
+    adam_weight_decay: float = setting(0.0, OPTIMISER, "pull of what is trained towards zero", low=0.0)
+    adam_epsilon: float = setting(1e-8, OPTIMISER, "smallest divisor", low=0.0)
+    max_grad_norm: float = setting(1.0, OPTIMISER, "gradients are scaled down to this norm; 0 = never", low=0.0)
+    ema_decay: float = setting(
+        0.0, OPTIMISER, "save a running mean, such as 0.99; 0 = the last", low=0.0, high=0.99999
+    )
+    label_smoothing: float = setting(0.0, OPTIMISER, "share of the target spread over all classes", low=0.0, high=0.9)
+    optimizer: ClassVar[str] = "adamw"
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Whether anything is done."""
+
+    dry_run: bool = setting(False, RUN, "only say what would be trained on what, as far as both are here")
+
+
+@dataclass(frozen=True)
+class NoValidation:
+    """What `run_steps` asks of validation: there is none on the way."""
+
+    validation_loss_steps: ClassVar[None] = None
+    validation_prompt: ClassVar[None] = None
+    keep: ClassVar[str] = "last"
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Settings of `sd-atoms classify train`."""
+
+    network: ModelSettings = section(ModelSettings)
+    data: ClassDataSettings = section(ClassDataSettings)
+    method: ClassMethodSettings = section(ClassMethodSettings)
+    loop: LoopSettings = section(LoopSettings)
+    optimiser: ClassOptimiserSettings = section(ClassOptimiserSettings)
+    output: OutputSettings = section(OutputSettings)
+    precision: PrecisionSettings = section(PrecisionSettings)
+    plan: PlanSettings = section(PlanSettings)
+
+    def __post_init__(self):
+        problems, method = [], self.method.chosen()
+        if method.name in NOT_OFFERED:
+            problems.append(f"method={method.name} is of Stable Diffusion alone")
+        given = self.method.given()
+        problems += (
+            [f"{name}: method head has no settings" for name in given]
+            if method is HEAD_ALONE
+            else (check_settings(method, given))
+        )
+        if method.name == "atoms" and not self.method.m and not self.method.kc:
+            problems.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
+        if self.optimiser.learning_rate is None and not method.rates:
+            problems.append(f"learning_rate is required: method {method.name} has no usual one")
+        if self.method.budget is not None:
+            problems += budget_problems(self.method.budget)
+        if self.method.target is not None and method is HEAD_ALONE:
+            problems.append("target: method head has none to choose")
+        if self.loop.gradient_checkpointing:
+            problems.append("gradient_checkpointing is of Stable Diffusion alone")
+        if self.data.dataset_dir and not self.data.data.startswith("vtab:"):
+            problems.append("dataset_dir needs data=vtab:TASK")
+        problems += unmet_needs(self, self.usual_rates())
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def usual_rates(self) -> dict[str, Any]:
+        """What each learning rate is if nobody says otherwise."""
+        method = self.method.chosen()
+        return {
+            "learning_rate": method.rates.get(method.main_kinds[0]),
+            "beta_learning_rate": method.rates.get("beta"),
+        }

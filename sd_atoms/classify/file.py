@@ -1,0 +1,183 @@
+"""A trained classifier as one safetensors file: the adapter, its head, the names of the classes, how images are made
+ready, and the fingerprint of the network that it belongs to.
+
+    adapter.<PEFT's key>, head.weight (classes, d), head.bias (classes,)
+
+The header entry "sd_atoms_classifier" is a JSON object: format, model, method, config (of the adapter, with its
+layers), class_names, preprocessing, fingerprint (by layer of the network), training.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sd_atoms.classify.models import Classifier, Preprocessing, open_classifier
+from sd_atoms.errors import UserError
+from sd_atoms.files import parse_json, replacing
+from sd_atoms.methods.adapters import add_adapter
+from sd_atoms.methods.method import adapter_shapes
+from sd_atoms.pipeline.config import kept_settings, peft_config
+from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, from_text, to_text
+
+HEADER, FORMAT, NAME = "sd_atoms_classifier", 1, "classifier.safetensors"
+ADAPTER, HEAD = "adapter.", "head."
+
+
+@dataclass(frozen=True)
+class ClassifierFile:
+    """A classifier at rest.
+
+    state: PEFT's key -> numbers, empty of a head alone. head: weight (classes, d), bias (classes,).
+    """
+
+    model: str
+    method: str
+    config: PeftConfig | None
+    state: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor]
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    fingerprint: torch.Tensor
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_classifier(
+    path: Path, classifier: Classifier, *, model: str, method: str, class_names: tuple[str, ...], training: Mapping
+) -> Path:
+    """Writes an adapted classifier, whole or not at all; half of it is the head's most often.
+
+    Raises:
+        UserError: the place cannot be written to, or the disk is full.
+    """
+    network = classifier.network
+    config = getattr(network, "peft_config", {}).get("default")
+    state = (
+        {}
+        if config is None
+        else get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
+    )
+    tensors = {f"{ADAPTER}{key}": value for key, value in state.items()}
+    tensors |= {f"{HEAD}{key}": value for key, value in classifier.head.state_dict().items()}
+    settings = None
+    if config is not None:
+        settings = kept_settings(config)
+        targets = config.target_modules
+        settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    about = {
+        "format": FORMAT,
+        "model": model,
+        "method": method,
+        "config": settings,
+        "class_names": list(class_names),
+        "preprocessing": asdict(classifier.preprocessing),
+        "fingerprint": to_text(classifier.mark),
+        "training": dict(training),
+    }
+    with replacing(path) as temporary:
+        ready = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
+        save_file(ready, temporary, metadata={"format": "pt", HEADER: json.dumps(about, ensure_ascii=False)})
+    return path
+
+
+def read_classifier(path: str | Path) -> ClassifierFile:
+    """Reads such a file; a run folder stands for the one in it.
+
+    Raises:
+        UserError: there is none, it is a pickle, or it is corrupt.
+    """
+    path = Path(path).expanduser()
+    path = path / NAME if path.is_dir() else path
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")
+    try:
+        with safe_open(path, "pt") as file:
+            about = parse_json((file.metadata() or {}).get(HEADER, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: missing, corrupt or not a safetensors file ({error})") from error
+    if about is None:
+        raise UserError(f"{path}: is no classifier of sd_atoms (no {HEADER!r} entry in its header)")
+    try:
+        if about["format"] > FORMAT:
+            raise UserError(f"{path}: written in a newer format than {FORMAT}; update sd-atoms")
+        head = {key: tensors[f"{HEAD}{key}"] for key in ("weight", "bias")}
+        names, made = tuple(about["class_names"]), Preprocessing(**about["preprocessing"])
+        if not all(isinstance(name, str) for name in names) or head["weight"].shape[0] != len(names):
+            raise ValueError(f"{len(names)} class names for a head {tuple(head['weight'].shape)}")
+        if head["bias"].shape != (len(names),) or not isinstance(about["model"], str):
+            raise ValueError("its head")
+        made = Preprocessing(
+            int(made.size_px), float(made.crop_share), tuple(map(float, made.mean)), tuple(map(float, made.std))
+        )
+        mark, state = from_text(about["fingerprint"]), {}
+        state = {key.removeprefix(ADAPTER): v for key, v in tensors.items() if key.startswith(ADAPTER)}
+        settings = about["config"]
+        if (settings is None) != (not state):
+            raise ValueError("an adapter without settings, or settings without an adapter")
+        config = None
+        if settings is not None:
+            config = peft_config(f"{path}: its header", settings)
+            config.target_modules = settings["target_modules"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]})")
+    return ClassifierFile(
+        about["model"], str(about["method"]), config, state, head, names, made, mark, about.get("training") or {}
+    )
+
+
+def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classifier, ClassifierFile]:
+    """Opens the network that a file belongs to, and puts its adapter and head in.
+
+    Args:
+        path: the file, or its run folder.
+        model: where the network is, if not where the file says.
+
+    Raises:
+        UserError: the file or the network cannot be opened, or they do not fit; one line.
+    """
+    file = read_classifier(path)
+    classifier = open_classifier(model or file.model, len(file.class_names))
+    classifier.preprocessing = file.preprocessing
+    put_in(str(path), classifier, file)
+    return classifier.eval(), file
+
+
+def put_in(label: str, classifier: Classifier, file: ClassifierFile, adapter_name: str = "default") -> None:
+    """Puts a file's adapter and head into the network it was made for.
+
+    Raises:
+        UserError: it is another network, by its layers or by its weights.
+    """
+    head = classifier.head
+    if head.weight.shape != file.head["weight"].shape:
+        raise UserError(
+            f"{label}: has a head of {file.head['weight'].shape[1]} features, {file.model} made it; this network has "
+            f"{head.in_features}"
+        )
+    same = classifier.mark.shape == file.fingerprint.shape
+    apart = distance(file.fingerprint, classifier.mark) if same else None
+    if apart is None or apart > SAME_BASE:
+        what = "another architecture" if apart is None else f"other weights, {apart:.1%} away"
+        raise UserError(f"{label}: was made for {file.model}; this network has {what}")
+    head.load_state_dict(file.head)
+    if file.config is not None:
+        expected = adapter_shapes(classifier.network, file.config)
+        found = {key: tuple(value.shape) for key, value in file.state.items()}
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if wrong:
+            raise UserError(
+                f"{label}: corrupt, {len(wrong)} of its tensors do not fit the network, such as {wrong[0]}"
+            )
+        add_adapter(classifier.network, file.config, adapter_name)
+        set_peft_model_state_dict(classifier.network, file.state, adapter_name)
+    classifier.requires_grad_(False)

@@ -1,0 +1,100 @@
+"""Draws what trained classifiers look at: Grad-CAM of the same images, side by side, and how large the regions are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
+from sd_atoms.classify.file import load_classifier
+from sd_atoms.classify.images import open_set
+from sd_atoms.classify.scores import DRAWS
+from sd_atoms.classify.training import centre_crop
+from sd_atoms.commands.classify.train import some_of
+from sd_atoms.data.images import to_unit
+from sd_atoms.errors import UserError
+from sd_atoms.evaluation.intervals import mean_figure
+from sd_atoms.files import check_outputs, replacing, write_json
+from sd_atoms.progress import followed
+from sd_atoms.report.classifier import cam_sheet
+from sd_atoms.report.table import text_table
+from sd_atoms.settings import setting
+
+WHAT, HOW = "what is looked at", "how"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sd-atoms classify cam`."""
+
+    classifiers: str = setting(
+        None, WHAT, "run folders of `classify train` or their files, with commas between", required=True
+    )
+    data: str = setting(None, WHAT, "labelled images, as for `classify train`; its test images count", required=True)
+    dataset_dir: str | None = setting(None, WHAT, "the images of vtab:TASK: a folder, or an id for `datasets`")
+    test_share: float = setting(0.2, WHAT, "of each class, where there are no test images", low=0.01, high=0.9)
+    images: int = setting(64, WHAT, "how many, drawn by the seed", low=1)
+    shown: int = setting(8, WHAT, "how many of these are in the picture", low=1)
+    seed: int = setting(0, WHAT, "of the test share, as the training had it, and of the choice", low=0)
+    block: int | None = setting(None, HOW, "at the end of which block, from 1; none = the last", low=1)
+    layer: str | None = setting(None, HOW, "at which layer, by its name, in place of block")
+    out: str = setting("cam.png", HOW, "the picture")
+    json: str | None = setting(None, HOW, "also write the sizes of the regions to this file")
+    overwrite: bool = setting(False, HOW, "replace files that are there")
+
+
+def run(settings: Settings) -> None:
+    """Draws and prints.
+
+    Raises:
+        UserError: a classifier or the images cannot be used, or there is no such layer.
+    """
+    check_outputs(settings.overwrite, out=settings.out, json=settings.json)
+    places = [word.strip() for word in settings.classifiers.split(",") if word.strip()]
+    found = open_set(
+        settings.data, dataset_dir=settings.dataset_dir, test_share=settings.test_share, seed=settings.seed
+    )
+    records = some_of(found.test, settings.images, f"{settings.seed}/cam")
+    names = [found.class_names[record.label] for record in records]
+    shown = range(min(settings.shown, len(records)))
+    rows, columns, told = [], [], []
+    for place in followed(places, len(places), "Classifiers", "classifier"):
+        classifier, file = load_classifier(place)
+        unknown = [name for name in names if name not in file.class_names]
+        if unknown:
+            raise UserError(f"data: class {unknown[0]!r} is not among the {len(file.class_names)} of {place}")
+        layer = chosen_block(classifier, settings.block, settings.layer)
+        images = [record.read() for record in records]
+        labels = [file.class_names.index(name) for name in names]
+        maps, said = maps_of(classifier, images, labels, layer)
+        size = mean_figure(active_shares(maps), DRAWS, settings.seed)
+        right = mean_figure((said == said.new_tensor(labels)).double(), DRAWS, settings.seed)
+        title = f"{file.method}: {Path(place).name}"
+        told.append({"classifier": place, "layer": layer, "active": size.entries(), "accuracy": right.entries()})
+        plain = [centre_crop(images[place], classifier.preprocessing) for place in shown]
+        columns.append((title, [file.class_names[said[place]] for place in shown], maps[: len(shown)].numpy()))
+        rows = rows or plain
+    sheet = cam_sheet([_pixels(image) for image in rows], [names[place] for place in shown], columns)
+    with replacing(Path(settings.out)) as temporary:
+        sheet.savefig(temporary, format="png")
+    print(sizes_text(told))
+    print(f"{settings.out} shows {len(shown)} of the {len(records)} images")
+    if settings.json:
+        write_json(Path(settings.json), told)
+
+
+def sizes_text(told: list[dict]) -> str:
+    """A line for each classifier: how large the active region is, and how many of the images it gets right."""
+    cells = []
+    for entry in told:
+        figures = [entry["active"], entry["accuracy"]]
+        texts = [
+            f"{own['value']:.1%}" + ("" if own["low"] is None else f" ({own['low']:.1%} to {own['high']:.1%})")
+            for own in figures
+        ]
+        cells.append([entry["classifier"], entry["layer"], *texts])
+    return text_table(["classifier", "layer", "active region", "right"], cells, left=(0, 1))
+
+
+def _pixels(image: Image.Image):
+    return to_unit([image])[0].permute(1, 2, 0).numpy()

@@ -1,0 +1,198 @@
+"""Adapts a pretrained classifier to labelled images: a method's parameters and a new head, in one file."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from sd_atoms.classify.config import ClassifyConfig
+from sd_atoms.classify.file import NAME, save_classifier
+from sd_atoms.classify.images import LabelledSet, open_set
+from sd_atoms.classify.models import open_classifier, public_model
+from sd_atoms.classify.scores import logits_of, scores_of
+from sd_atoms.classify.training import adapt, data_digests, train_classifier, trained_counts
+from sd_atoms.data.checked import usable
+from sd_atoms.data.records import ImageRecord
+from sd_atoms.errors import UserError
+from sd_atoms.files import replacing, write_json
+from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
+from sd_atoms.report.classifier import confusion_figure, summary_text
+from sd_atoms.report.run import learning_curve
+from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.training.run_folder import (
+    CURVES,
+    IMAGES,
+    LOG,
+    METRICS,
+    check_data,
+    check_output,
+    is_first_start,
+    open_run,
+    read_log,
+)
+from sd_atoms.training.tracking import start_trackers, trackers_of
+
+Settings = ClassifyConfig
+MOST_TRAIN_TESTED = 2_000  # training images that the gap between training and test is told with
+
+
+def run(config: ClassifyConfig) -> Path:
+    """Trains, saves and tests; returns the run folder.
+
+    Raises:
+        UserError: something in the settings or the data is wrong; found before anything is written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
+    """
+    config = replaced(config, mixed_precision=precision_here(config.precision.mixed_precision))
+    if config.plan.dry_run:
+        print(plan_text(config))
+        return Path(config.output.output_dir)
+    folder, seed, trackers = Path(config.output.output_dir), config.loop.seed, trackers_of(config.output.report_to)
+    accelerator = make_accelerator(
+        mixed_precision=config.precision.mixed_precision,
+        gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
+        logging_dir=folder / CURVES,
+        log_with=trackers or None,
+    )
+    notes = []
+    if on_main(accelerator, lambda: is_first_start(config.output)):
+        config = replaced(config, resume_from_checkpoint=None, overwrite=True)
+        notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
+    found, skipped = labelled_images(config, accelerator)
+    notes += skipped
+    network = config.network
+    classifier = open_classifier(
+        network.model,
+        len(found.class_names),
+        size_px=network.size_px,
+        normalisation=network.normalisation,
+        head_dropout=network.head_dropout,
+        keep_head=network.keep_head,
+        seed=seed,
+    )
+    config = adapt(classifier, config)
+    on_main(accelerator, lambda: check_output(config))
+    digests = data_digests(found)
+    notes += on_main(accelerator, lambda: check_data(config.output, digests))
+    classifier.to(accelerator.device)
+
+    def curves(place: Path) -> None:
+        if trackers:
+            start_trackers(accelerator, place, folder.resolve().name)
+
+    def begin() -> None:
+        on_main(accelerator, lambda: open_run(config, accelerator.num_processes, curves))
+        for note in [*launcher_notes(config), *notes]:
+            accelerator.print(note)
+
+    progress = train_classifier(config, classifier, accelerator, found.train, folder, begin, digests)
+    memory, method = peak_bytes(accelerator.device.type), config.method.chosen()
+    trained, of_head = trained_counts(classifier)
+    told = {"images": len(found.train), "steps": progress.step, "seed": seed}
+    if accelerator.is_main_process:
+        names = dict(model=public_model(network.model), method=method.name, class_names=found.class_names)
+        save_classifier(folder / NAME, classifier, **names, training=told)
+    classifier.requires_grad_(False)
+
+    tested = scores_of(logits_of(classifier, found.test, accelerator), labels(found.test), found.class_names)
+    some = random.Random(seed).sample(found.train, min(MOST_TRAIN_TESTED, len(found.train)))
+    learned = scores_of(logits_of(classifier, some, accelerator), labels(some), found.class_names)
+    if accelerator.is_main_process:
+        metrics = {
+            "training": {
+                "method": method.name,
+                "trained_numbers": trained,
+                "head_numbers": of_head,
+                "steps": progress.step,
+                "peak_memory_bytes": memory,
+                **learning_curve(read_log(folder / LOG)),
+            },
+            "test": tested,
+            "train": {name: learned[name] for name in ("accuracy", "cross_entropy")},
+        }
+        figure = folder / IMAGES / "confusion.png"
+        with replacing(figure) as temporary:
+            confusion_figure(tested["confusion"], found.class_names).savefig(temporary, format="png")
+        write_json(folder / METRICS, metrics)
+        print(summary_text(metrics, folder / NAME, figure))
+    accelerator.end_training()
+    return folder
+
+
+def plan_text(config: ClassifyConfig) -> str:
+    """What a run would do, as far as its network and images are here."""
+    method, loop, network = config.method.chosen(), config.loop, config.network
+    images, classes, trained = None, None, None
+    try:
+        found = opened_set(config)
+        images, classes = len(found.train), len(found.class_names)
+        told = f"{images:,} to learn from, {len(found.test):,} to test on, {classes} classes"
+    except UserError as error:
+        told = f"not here: {error}"
+    try:
+        classifier = open_classifier(network.model, classes or 2, size_px=network.size_px)
+        config = adapt(classifier, config)
+        trained, of_head = trained_counts(classifier)
+        of = f"{trained:,} parameters, {of_head:,} of the head" + ("" if classes else " if there were two classes")
+    except UserError as error:
+        of = f"not known: {error}"
+    per_step = loop.train_batch_size * loop.gradient_accumulation_steps
+    length = f"{loop.max_train_steps:,} steps" if loop.num_train_epochs is None else f"{loop.num_train_epochs} epochs"
+    if images and loop.num_train_epochs is not None:
+        length += f", {-(-loop.num_train_epochs * images // per_step):,} steps"
+    optimiser = config.optimiser
+    rates = f"{optimiser.learning_rate} for {method.name}, {optimiser.head_learning_rate} for the head"
+    lines = {
+        "network": network.model,
+        "images": told,
+        "trained": f"{method.name}: {of}",
+        "length": f"{length} of {per_step} images in a process",
+        "rates": f"{rates}, {optimiser.lr_scheduler}",
+        "run folder": config.output.output_dir,
+    }
+    return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items())
+
+
+def opened_set(config: ClassifyConfig) -> LabelledSet:
+    """The images that the settings name; raises UserError as `open_set` does."""
+    data = config.data
+    return open_set(
+        data.data,
+        dataset_dir=data.dataset_dir,
+        test_data=data.test_data,
+        test_share=data.test_share,
+        seed=config.loop.seed,
+    )
+
+
+def labelled_images(config: ClassifyConfig, accelerator) -> tuple[LabelledSet, list[str]]:
+    """The images of a run, checked, and a line on each that was left out; raises UserError as `open_set` does."""
+    data, seed = config.data, config.loop.seed
+    found = opened_set(config)
+    cache = Path(data.cache_dir) if data.cache_dir else None
+    sets, notes = [], []
+    for records, most, what in (
+        (found.train, data.max_train_samples, "train"),
+        (found.test, data.max_test_samples, "test"),
+    ):
+        chosen = some_of(records, most, f"{seed}/{what}")
+        good, skipped = usable(chosen, data.on_bad_image, accelerator, cache)
+        sets.append(good)
+        notes += skipped
+    learned = {record.label for record in sets[0]}
+    missing = [name for label, name in enumerate(found.class_names) if label not in learned]
+    if missing:
+        raise UserError(f"max_train_samples: {len(sets[0])} images leave none of {missing[0]!r}")
+    return LabelledSet(*sets, found.class_names), notes
+
+
+def some_of(records: Sequence[ImageRecord], most: int | None, seed: str) -> list[ImageRecord]:
+    """At most so many, drawn by a seed, in their order."""
+    if most is None or most >= len(records):
+        return list(records)
+    places = sorted(random.Random(seed).sample(range(len(records)), most))
+    return [records[place] for place in places]
+
+
+def labels(records: Sequence[ImageRecord]) -> list[int]:
+    """Theirs, in order."""
+    return [record.label for record in records]

@@ -1,0 +1,185 @@
+"""What trained classifiers show for themselves: the summary of a run, confusion, maps, methods side by side."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sd_atoms.report.markdown import escaped, table
+
+MOST_NAMED = 40  # classes whose names fit beside a matrix
+WORST = 5
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """The matrix as shares of each row (a row is a class, a column what was said), numbers in it where they fit."""
+    counts = np.array(confusion, dtype=float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    classes = len(class_names)
+    side = min(14, max(4, 1.8 + 0.32 * classes))
+    figure = Figure(figsize=(side, side), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("said")
+    axes.set_ylabel("is")
+    if classes <= MOST_NAMED:
+        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(classes), names, fontsize=7)
+    if classes <= 20:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            text = f"{counts[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+    return figure
+
+
+def cam_sheet(
+    images: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[tuple[str, Sequence[str], np.ndarray]]
+) -> Figure:
+    """Images in rows; beside each what every classifier looks at.
+
+    Args:
+        images: (h, w, 3) in [0, 1].
+        names: the class of each.
+        columns: of each classifier its title, what it said of each image, and maps (N, h, w) in [0, 1].
+    """
+    figure = Figure(
+        figsize=(1.7 * (len(columns) + 1), 1.85 * len(images) + 0.3), dpi=130, layout="constrained", facecolor="white"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, (image, name) in enumerate(zip(images, names, strict=True)):
+        grid[row, 0].imshow(image)
+        grid[row, 0].set_title(name, fontsize=7)
+        for column, (title, said, maps) in enumerate(columns, 1):
+            axes = grid[row, column]
+            axes.imshow(image)
+            axes.imshow(maps[row], cmap="jet", alpha=0.45, vmin=0, vmax=1)
+            right = "" if said[row] == name else f"said {said[row]}"
+            axes.set_title(f"{title}\n{right}" if row == 0 else right, fontsize=7)
+    return figure
+
+
+def scores_text(scores: Mapping[str, Any]) -> str:
+    """Accuracy, calibration and the classes that are told worst."""
+    accuracy = scores["accuracy"]
+    interval = "" if accuracy["low"] is None else f" ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
+    known = sorted(
+        ((share, name) for name, share in scores["by_class"].items() if share is not None), key=lambda pair: pair[0]
+    )
+    worst = ", ".join(f"{name} {share:.0%}" for share, name in known[:WORST])
+    return (
+        f"{accuracy['value']:.1%} of {accuracy['n']:,} test images right{interval}; by the commonest class alone "
+        f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}."
+    )
+
+
+def summary_text(metrics: Mapping[str, Any], file: Path, confusion: Path) -> str:
+    """What came out of a training, and what to do with it."""
+    training = metrics["training"]
+    own = f"{training['trained_numbers']:,} parameters of {training['method']} and " * bool(
+        training["trained_numbers"]
+    )
+    lines = [
+        f"\nTrained {own}{training['head_numbers']:,} of the head in {training['steps']} steps, "
+        f"{training['seconds']:.0f} s; loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}.",
+        scores_text(metrics["test"]),
+        f"Of the training images {metrics['train']['accuracy']['value']:.1%} are right.",
+        f"\n{file} ({file.stat().st_size / 1000:.0f} KB) and {confusion}\n\nTry next:",
+        f"  sd-atoms classify predict --classifier {file.parent} IMAGE …",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class ClassifierRow:
+    """A method on a set of images, means over its seeds.
+
+    parameters: trained besides the head's. test, train, gap: (mean, low, high) of the accuracies and of train − test.
+    """
+
+    method: str
+    seeds: int
+    parameters: int
+    head: int
+    test: tuple[float, float | None, float | None]
+    train: tuple[float, float | None, float | None]
+    gap: tuple[float, float | None, float | None]
+    calibration: float
+    seconds: float
+    memory_gb: float
+
+
+def rows_markdown(title: str, rows: Sequence[ClassifierRow], failed: Mapping[str, str]) -> str:
+    """The table, and what its columns mean."""
+    header = ["method", "seeds", "parameters", "with head", "test", "train", "train − test", "ECE", "seconds", "GB"]
+    cells = [
+        [
+            escaped(row.method), str(row.seeds), f"{row.parameters:,}", f"{row.parameters + row.head:,}",
+            *(_share(figure) for figure in (row.test, row.train, row.gap)), f"{row.calibration:.3f}",
+            f"{row.seconds:,.0f}", f"{row.memory_gb:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    best = max(rows, key=lambda row: row.test[0])
+    parts = [f"# {escaped(title)}", f"{escaped(best.method)} has the highest test accuracy, {_share(best.test)}."]
+    parts.append(table(header, cells, right=[False, *[True] * (len(header) - 1)]))
+    parts.append(
+        "Accuracies in percent; ± is half an interval of 95 %, the wider one of two: over images, and over seeds. "
+        "parameters: trained besides the head. ECE: calibration error."
+    )
+    if failed:
+        parts.append("Failed:\n\n" + "\n".join(f"- {escaped(name)}: {escaped(why)}" for name, why in failed.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_csv(rows: Sequence[ClassifierRow]) -> str:
+    """The same for other programs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    figures = ("test", "train", "gap")
+    writer.writerow(["method", "seeds", "parameters", "head", *(f"{name}{end}" for name in figures
+                     for end in ("", " low", " high")), "calibration", "seconds", "memory_gb"])  # fmt: skip
+    for row in rows:
+        own = [value for name in figures for value in getattr(row, name)]
+        writer.writerow([row.method, row.seeds, row.parameters, row.head, *own, row.calibration, row.seconds,
+                         row.memory_gb])  # fmt: skip
+    return out.getvalue()
+
+
+def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> Figure:
+    """Left, test accuracy against trained parameters (Figure 6); right, train − test against them (Figure 7)."""
+    figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("test", "gap"), ("test accuracy", "train − test accuracy"), strict=True
+    ):
+        for row in rows:
+            value, low, high = getattr(row, name)
+            spread = None if low is None else [[100 * (value - low)], [100 * (high - value)]]
+            x = max(1, row.parameters)  # the head alone
+            axes.errorbar([x], [100 * value], yerr=spread, marker="o", markersize=5, linewidth=0.8, capsize=2)
+            axes.annotate(row.method, (x, 100 * value), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters besides the head (1: none)", fontsize=9)
+        axes.set_ylabel(f"{label}, %", fontsize=9)
+        axes.grid(color="#e3e3e3", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    return figure
+
+
+def _share(figure: tuple[float, float | None, float | None]) -> str:
+    value, low, high = figure
+    return f"{100 * value:.1f}" + ("" if low is None else f" ± {50 * (high - low):.1f}")
