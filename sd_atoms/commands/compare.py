@@ -271,11 +271,11 @@ def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: floa
             unknown.append(f"disk of {stage}")
         else:
             unknown += [f"hours and disk of {stage}"]
-    lines.append(f"about {hours:.1f} hours at one run at a time and {gigabytes:.2f} GB on disk")
+    if hours:
+        lines.append(f"about {hours:.1f} hours at one run at a time and {gigabytes:.2f} GB on disk")
     if unknown:
         lines.append(
-            f"not in these: {', '.join(unknown)}, known once one is done, the hours also by --step_seconds and "
-            "--image_seconds"
+            f"told once one of each is done, hours also by --step_seconds and --image_seconds: {', '.join(unknown)}"
         )
     return "\n".join(lines)
 

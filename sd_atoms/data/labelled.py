@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from sd_atoms.data.captions import refuse
@@ -18,7 +19,7 @@ from sd_atoms.data.idx import find_idx, idx_images
 from sd_atoms.data.images import EXTENSIONS, scan_folder
 from sd_atoms.data.records import ImageRecord, image_record, table_images
 from sd_atoms.data.shards import shard_images
-from sd_atoms.data.vtab import Task
+from sd_atoms.data.vtab import Task, is_folder_of_a_task
 from sd_atoms.errors import UserError
 from sd_atoms.sources import is_hub_id
 
@@ -52,7 +53,7 @@ def task_images(
         found = _listed(folder, LIST_OF.get(split, split), task)
     elif layout == "datasets":
         name, columns = str(folder or place), dict(image_column=image_column, label_column=label_column)
-        found = table_images(name, split=split, **columns)
+        found = table_images(name, split=split, label_of=partial(_labels_of, task, name), **columns)
     elif split not in SPLITS:
         raise UserError(f"dataset_split: {split!r}: {folder} has {' and '.join(SPLITS)}")
     else:
@@ -80,6 +81,8 @@ def task_folder(task: Task, place: str) -> Path | None:
         raise UserError(f"dataset_dir: {place}: is no folder; expected that of {task.name}, or one that holds it")
     for folder in (*(root / name for name in task.folders), root):
         if folder.is_dir() and layout_of(folder):
+            if folder == root and root.name not in task.folders and is_folder_of_a_task(root.name):
+                raise UserError(f"dataset_dir: {place}: is the folder of another task than {task.name}")
             return folder
     names = " or ".join(f"{name}/" for name in task.folders)
     raise UserError(f"dataset_dir: {place}: holds no images of {task.name}, in {names} or itself; expected {LAYOUTS}")
@@ -93,7 +96,9 @@ def layout_of(folder: Path) -> str | None:
         return "webdataset"
     if any(find_idx(folder, split, "images") for split in SPLITS):
         return "IDX"
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or any(folder.glob("*.parquet")):
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or any(
+        next(folder.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet")
+    ):
         return "datasets"
     if any(_class_folders(folder / split) for split in SPLITS):
         return "class folders"
@@ -158,10 +163,12 @@ def _idx(folder: Path, split: str, task: Task) -> list[ImageRecord]:
 
 def _shards(folder: Path, split: str, task: Task) -> list[ImageRecord]:
     names = folder / "classnames.txt"
+    places = list(range(task.classes))
     if names.is_file():
-        count = sum(1 for line in names.read_text(encoding="utf-8-sig").split("\n") if line.strip())
-        if count != task.classes:
-            raise UserError(f"{names}: has {count} classes; {task.name} has {task.classes}")
+        own = [line.strip() for line in names.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        if len(own) != task.classes:
+            raise UserError(f"{names}: has {len(own)} classes; {task.name} has {task.classes}")
+        places = _labels_of(task, str(names), own)
     path = folder / split / "nshards.txt"
     text = path.read_text(encoding="utf-8-sig", errors="replace").strip() if path.is_file() else ""
     if not re.fullmatch(r"\d{1,6}", text) or not int(text):
@@ -169,7 +176,8 @@ def _shards(folder: Path, split: str, task: Task) -> list[ImageRecord]:
     shards = [folder / split / f"{number}.tar" for number in range(int(text))]
     _refuse([f"{shard}: is missing; {path.name} says {text}" for shard in shards if not shard.is_file()],
             f"{folder / split}: shards are missing:")  # fmt: skip
-    return shard_images(shards, captions=False, classes=True)
+    found = shard_images(shards, captions=False, classes=True)
+    return [replace(image, label=places[image.label]) if 0 <= image.label < task.classes else image for image in found]
 
 
 def _of_class_folders(folder: Path, split: str, task: Task) -> list[ImageRecord]:
@@ -216,7 +224,26 @@ def _class_folders(folder: Path) -> list[Path]:
 
 def _plain(name: str) -> str:
     """A class's name without its letter case, spaces and signs."""
-    return re.sub(r"[^a-z0-9]+", "", name.casefold())
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _labels_of(task: Task, where: str, names: Sequence[str]) -> list[int]:
+    """The label in a task of each of a source's classes, by their names; by their order where it has none of these.
+
+    Raises:
+        UserError: some names are the task's, but at other places, and the rest are not.
+    """
+    known = {_plain(name): label for label, name in enumerate(task.class_names)}
+    labels = [known.get(_plain(name)) for name in names]
+    if None not in labels and len(set(labels)) == len(labels):
+        return labels
+    wrong = [name for place, (name, label) in enumerate(zip(names, labels, strict=True)) if label not in (None, place)]
+    if wrong:
+        raise UserError(
+            f"{where}: its class {wrong[0]!r} has number {names.index(wrong[0])}, in {task.name} another, and not all "
+            "of its classes go by the names of the task"
+        )
+    return list(range(len(names)))
 
 
 def _refuse(problems: Sequence[str], heading: str) -> None:

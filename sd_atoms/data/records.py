@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,7 @@ def table_images(
     image_column: str = "image",
     caption_column: str | None = None,
     label_column: str | None = None,
+    label_of: Callable[[Sequence[str]], list[int]] | None = None,
     most: int | None = None,
 ) -> list[ImageRecord]:
     """The pictures in a table of the library `datasets`, none of them decoded yet.
@@ -112,6 +113,7 @@ def table_images(
         image_column: column of the pictures.
         caption_column: column of their captions.
         label_column: column of their classes, whole numbers.
+        label_of: the names that the column's numbers stand for, where it has any -> the label of each.
         most: only the first so many rows.
 
     Raises:
@@ -129,7 +131,7 @@ def table_images(
             raise UserError(f"{label}: no column {column!r}; expected one of {', '.join(table.column_names)}")
     images = _undecoded(table, image_column, label)
     captions = [None] * len(table) if caption_column is None else _captions(table, caption_column, label)
-    labels = [None] * len(table) if label_column is None else _labels(table, label_column, label)
+    labels = [None] * len(table) if label_column is None else _labels(table, label_column, label, label_of)
     pictures = []
     for row, (caption, own) in enumerate(zip(captions, labels, strict=True)):
         name = f"{label} row {row}"
@@ -188,14 +190,18 @@ def _captions(table, column: str, label: str) -> list[str]:
     return captions
 
 
-def _labels(table, column: str, label: str) -> list[int]:
+def _labels(table, column: str, label: str, label_of: Callable[[Sequence[str]], list[int]] | None) -> list[int]:
     feature = table.features[column]
     if "int" not in str(getattr(feature, "dtype", "")):
         raise UserError(f"{label}: column {column!r} holds {feature}; expected classes as whole numbers")
     labels = list(table[column])
     if None in labels:
         raise UserError(f"{label} row {labels.index(None)}: column {column!r} is empty; expected a class")
-    return labels
+    names = getattr(feature, "names", None)
+    if label_of is None or not names:
+        return labels
+    places = label_of(names)
+    return [places[own] if 0 <= own < len(places) else own for own in labels]
 
 
 def _row_content(images, row: int, name: str) -> bytes:

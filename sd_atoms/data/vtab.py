@@ -75,6 +75,11 @@ def load_task(name: str) -> Task:
     raise UserError(f"{PREFIX}{name}: no such task; there is {', '.join((*TASKS, *DEMO))}, or a file NAME.yaml")
 
 
+def is_folder_of_a_task(name: str) -> bool:
+    """Whether a folder of that name holds a packaged task's images."""
+    return any(name in _packaged(known).folders for known in (*TASKS, *DEMO))
+
+
 def load_tasks(names: str) -> list[Task]:
     """ "all" of VTAB, or those named, with commas between; a group stands for its tasks. Raises as `load_task`."""
     groups = {"all": TASKS, "natural": NATURAL, "specialized": SPECIALIZED, "structured": STRUCTURED, "demo": DEMO}

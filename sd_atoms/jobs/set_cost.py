@@ -27,10 +27,10 @@ FLOAT32 = 4  # bytes
 def plan_text(plan: SetPlan) -> str:
     """The runs, their steps and images, hours of one device, and disk, as far as that can be said."""
     config = plan.config(plan.runs[0])
-    base, known = _unet_config(config.base.pretrained_model_name_or_path)
+    base, known = _unet_config(config.base.base_config or config.base.pretrained_model_name_or_path)
     sizes, images = _train_images(plan), plan.experiment.images
     side = config.data.resolution or 8 * base["sample_size"]
-    rows, total_steps, total_bytes = [], 0, 0
+    rows, of_run, total_steps, total_bytes = [], {}, 0, 0
     trained = _trained(plan, base)
     for run in plan.runs:
         own = plan.config(run)
@@ -38,35 +38,49 @@ def plan_text(plan: SetPlan) -> str:
         numbers = 0 if run.stage == PRETRAINED else trained[run.method]
         size = images * side**2 * PNG_BYTES_PER_PX + _checkpoints(own, steps) * COPIES * numbers * FLOAT32
         state = "done" if (plan.run_folder(run) / SCORES).exists() else ""
+        of_run[run.name] = steps
         rows.append([run.name, f"{steps:,}", f"{images:,}", f"{numbers:,}", f"{size / 1e9:.2f}", state])
         total_steps, total_bytes = total_steps + steps, total_bytes + size
     lines = [text_table(["run", "steps", "images", "trained numbers", "GB", "state"], rows, left=(0, 5)), ""]
     drawn = len(plan.runs) * images
     lines.append(f"{len(plan.runs)} runs on {len(plan.sets)} image sets: {total_steps:,} steps, {drawn:,} images")
-    lines.append(_hours(plan, total_steps, drawn))
+    lines.append(_hours(plan, of_run))
     lines.append(
         f"disk: at most about {total_bytes / 1e9:.1f} GB, {PNG_BYTES_PER_PX} bytes a pixel of {side} px and all "
         "checkpoints; checkpoints_total_limit lowers it"
     )
     if not known:
-        lines.append("the base is not on this machine: reckoned with the UNet of Stable Diffusion v1-4")
+        lines.append("the config of the base's UNet is not at hand: reckoned with that of Stable Diffusion v1-4")
     return "\n".join(lines)
 
 
-def _hours(plan: SetPlan, steps: int, images: int) -> str:
-    done = [run for run in plan.runs if (plan.run_folder(run) / SCORES).exists()]
-    if done:
-        seconds = [read_scores(plan.run_folder(run) / SCORES)["seconds"] for run in done]
-        hours = sum(seconds) / len(seconds) * len(plan.runs) / 3600
-        return f"device hours: about {hours:.1f}, by the {len(done)} runs that are done"
+def _hours(plan: SetPlan, steps: Mapping[str, int]) -> str:
+    """Stage by stage: by its runs that are done, else by what a step and an image take.
+
+    Args:
+        plan: the experiment.
+        steps: of each run.
+    """
+    hours, of_done, guessed, unknown = 0.0, 0, False, []
     per_step, per_image = plan.experiment.step_seconds, plan.experiment.image_seconds
-    if per_step is None or per_image is None:
-        return "device hours: by the runs that are done, once there is one; or set step_seconds and image_seconds"
-    training, drawing = steps * per_step / 3600, images * per_image / 3600
-    return (
-        f"device hours: about {training + drawing:.0f} ({training:.1f} of training at {per_step:g} s a step, "
-        f"{drawing:.1f} of generation at {per_image:g} s an image), as step_seconds and image_seconds say"
-    )
+    for stage in dict.fromkeys(run.stage for run in plan.runs):
+        runs = [run for run in plan.runs if run.stage == stage]
+        done = [run for run in runs if (plan.run_folder(run) / SCORES).exists()]
+        if done:
+            seconds = [read_scores(plan.run_folder(run) / SCORES)["seconds"] for run in done]
+            hours += sum(seconds) / len(seconds) * len(runs) / 3600
+            of_done += len(done)
+        elif per_step is not None and per_image is not None:
+            images = len(runs) * plan.experiment.images
+            hours += (sum(steps[run.name] for run in runs) * per_step + images * per_image) / 3600
+            guessed = True
+        else:
+            unknown.append(stage)
+    if unknown:
+        return "device hours: told once a run of each kind is done, or by step_seconds and image_seconds"
+    by = [f"{of_done} runs that are done"] * bool(of_done)
+    by += [f"step_seconds ({per_step:g}) and image_seconds ({per_image:g})"] if guessed else []
+    return f"device hours: about {hours:.1f}, by {' and '.join(by)}"
 
 
 def _train_images(plan: SetPlan) -> dict[str, int]:
@@ -74,7 +88,9 @@ def _train_images(plan: SetPlan) -> dict[str, int]:
     found = {}
     for name, tasks in plan.sets.items():
         try:
-            found[name] = len(task_images(tasks[0], plan.experiment.data_dir))
+            data = plan.config(next(run for run in plan.runs if run.concept == name)).data
+            columns = dict(image_column=data.image_column, label_column=data.label_column)
+            found[name] = len(task_images(tasks[0], plan.experiment.data_dir, **columns))
         except UserError:
             found[name] = VTAB_1K
     return found

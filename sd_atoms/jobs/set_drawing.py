@@ -51,7 +51,13 @@ def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[I
         UserError: images of these names were made otherwise, or the adapter does not fit.
     """
     base = config.base.pretrained_model_name_or_path
-    pipe = open_base(base, revision=config.base.revision, variant=config.base.variant, device=accelerator.device)
+    pipe = open_base(
+        base,
+        revision=config.base.revision,
+        variant=config.base.variant,
+        base_config=config.base.base_config,
+        device=accelerator.device,
+    )
     digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
     sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
     requests, labels = set_requests(plan.task(run), plan.experiment, reference)
@@ -97,7 +103,9 @@ def shares(count: int, weights: Sequence[int]) -> list[int]:
 
 def reference_of(plan: SetPlan, run: Run) -> list[ImageRecord]:
     """The images of the test split that a run is scored against, not read yet; raises as `task_images`."""
-    found, most = task_images(plan.task(run), plan.experiment.data_dir, "test"), plan.experiment.reference_images
+    data, most = plan.config(run).data, plan.experiment.reference_images
+    columns = dict(image_column=data.image_column, label_column=data.label_column)
+    found = task_images(plan.task(run), plan.experiment.data_dir, "test", **columns)
     return found if most is None or most >= len(found) else [found[n * len(found) // most] for n in range(most)]
 
 
@@ -131,9 +139,10 @@ def score_set(
         "scored_by": {
             "base": public_name(config.base.pretrained_model_name_or_path),
             "base_digests": generated.base_digests,
-            "tasks": [own.name for own in plan.sets[run.concept]],
+            "task": task.name,
             "reference": hashlib.sha256("".join(image.digest() for image in real).encode()).hexdigest(),
             "reference_images": len(real),
+            "reference_asked": plan.experiment.reference_images,
             "images": plan.experiment.images,
             "per_class": plan.experiment.per_class,
             "sampling": dict(generated.sampling),
@@ -156,8 +165,14 @@ def check_sets_scored_as_planned(plan: SetPlan) -> None:
         path = plan.run_folder(run) / SCORES
         if not path.exists():
             continue
-        by, wanted = read_scores(path)["scored_by"], {"images": experiment.images, "per_class": experiment.per_class}
-        wanted["metrics"] = [name.strip() for name in experiment.metrics.split(",")]
+        by = read_scores(path)["scored_by"]
+        wanted = {
+            "images": experiment.images,
+            "per_class": experiment.per_class,
+            "task": plan.task(run).name,
+            "reference_asked": experiment.reference_images,
+            "metrics": [name.strip() for name in experiment.metrics.split(",")],
+        }
         changed = [name for name, value in wanted.items() if by.get(name) != value]
         changed += ["networks"] if list(by.get("networks", ())) != plan.networks else []
         if changed:

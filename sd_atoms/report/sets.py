@@ -133,8 +133,8 @@ def _row(name: str, network: str, method: str, runs: Sequence[Mapping[str, Any]]
 
 
 def sentence(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Which method comes nearest to a set, by the KID or else the FD of each network, and whether it beats the base by
-    more than both intervals."""
+    """Which method comes nearest to a set, by the KID or else the FD of each network, and whether it and the base are
+    apart by more than both intervals, and which way."""
     own, told = [row for row in rows if row["set"] == name], []
     for network in dict.fromkeys(row["network"] for row in own):
         key = next((key for key in ("kid", "cmmd", "fid") if all(key in row["figures"] for row in own)), None)
@@ -146,8 +146,13 @@ def sentence(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         text = f"by {network} {best['method']} comes nearest ({key} {_short(best['figures'][key][0])}"
         if base:
             before, after = base[0]["figures"][key], best["figures"][key]
-            known = before[1] is not None and after[2] is not None
-            clear = "" if not known else ", apart" if after[2] < before[1] else ", not apart by the intervals"
+            clear = ""
+            if before[1] is not None and after[1] is not None:
+                clear = ", not apart by the intervals"
+                if after[2] < before[1]:
+                    clear = ", apart"
+                elif before[2] < after[1]:
+                    clear = ": the base is nearer, apart"
             text += f", base {_short(before[0])}{clear}"
         told.append(text + ")")
     return f"{name}: {'; '.join(told)}." if told else f"{name}: nothing to compare."

@@ -249,10 +249,10 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
     assert "castle/atoms/seed-0" in text
     assert "2 runs: scored; 4 training steps" in text
     assert "hours at one run at a time" in text
-    assert "not in these" not in text
+    assert "told once" not in text
     elsewhere = ["compare", path, "--dry_run", "--output_dir", str(plan.folder.parent / "new")]
     assert main(elsewhere) == 0
-    assert "not in these: hours and disk of pretrained, hours and disk of" in capsys.readouterr().out
+    assert "image_seconds: hours and disk of pretrained, hours and disk of" in capsys.readouterr().out
     assert main([*elsewhere, "--step_seconds", "900", "--image_seconds", "0"]) == 0
     steps = sum(2 for run in plan.runs if run.stage != "pretrained")
     assert f"about {steps / 4:.1f} hours" in capsys.readouterr().out

@@ -174,6 +174,42 @@ def test_every_layout_gives_images_labels_and_prompts(tmp_path, layout):
     assert np.array_equal(np.asarray(first.read())[..., 0], PIXELS[0])
 
 
+def test_classes_go_by_their_names_where_a_source_has_the_task_s(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = list(load_task(CAMELYON).class_names)
+
+    def table(folder, names):
+        columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [Image.fromarray(PIXELS[n]) for n in range(2)], "label": [0, 1]}
+        made = datasets.Dataset.from_dict(rows, features=columns)
+        datasets.DatasetDict(train=made, test=made).save_to_disk(tmp_path / folder / CAMELYON)
+        return [image.label for image in task_images(load_task(CAMELYON), str(tmp_path / folder))]
+
+    assert table("same", names) == [0, 1]
+    assert table("turned", [name.upper() for name in reversed(names)]) == [1, 0]
+    assert table("others", ["a", "b"]) == [0, 1]  # in their order
+    with pytest.raises(UserError, match="has number 0, in patch_camelyon another"):
+        table("mixed", [names[1], "b"])
+    shards = write_shards(tmp_path / "shards")
+    (shards / "classnames.txt").write_text("\n".join(reversed(names)))
+    assert [image.label for image in task_images(load_task(CAMELYON), str(shards))][:4] == [1, 0, 1, 1]
+
+
+def test_the_folder_of_another_task_is_refused(tmp_path):
+    write_class_folders(tmp_path / "eurosat", ("0", "1"))
+    with pytest.raises(UserError, match="is the folder of another task than patch_camelyon"):
+        task_images(load_task(CAMELYON), str(tmp_path / "eurosat"))
+
+
+def test_names_of_classes_may_be_of_any_script(tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "title: own\ngroup: own\ntest_images: 4\nprompt: a {}\nclass_names: [猫, 犬]\n", encoding="utf-8"
+    )
+    write_class_folders(tmp_path / "set", ("犬", "猫"))
+    found = task_images(load_task(str(tmp_path / "own.yaml")), str(tmp_path / "set"))
+    assert [image.caption for image in found] == ["a 猫"] * 2 + ["a 犬"] * 2
+
+
 def test_vtab_1k_has_four_lists_and_training_takes_the_thousand(tmp_path):
     write_vtab_1k(tmp_path)
     counts = {split: len(task_images(load_task(CAMELYON), str(tmp_path), split))

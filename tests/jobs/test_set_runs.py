@@ -26,6 +26,7 @@ from sd_atoms.generation import image_notes
 from sd_atoms.jobs.results import SCORES, read_scores
 from sd_atoms.jobs.set_drawing import seed_of, set_requests, shares
 from sd_atoms.jobs.sets import SetExperiment, read_set_plan
+from sd_atoms.report.sets import sentence
 
 TASKS = {"patch_camelyon": ("without", "with"), "dsprites_loc": tuple(str(n) for n in range(16))}
 
@@ -211,6 +212,7 @@ def test_a_finished_experiment_repeats_nothing_and_other_settings_are_refused(fi
     for words, why in (
         (["--images", "8"], "was drawn or scored with other images"),
         (["--metrics", "kid"], "other metrics"),
+        (["--reference_images", "3"], "other reference_asked"),
         (["--networks", "efficientnet-lite0"], "other networks"),
         (["--data_dir", str(folder)], "holds no images of patch_camelyon"),
     ):
@@ -221,7 +223,24 @@ def test_a_finished_experiment_repeats_nothing_and_other_settings_are_refused(fi
     assert main(["vtab", "run", "--config", str(folder / "e.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "6 runs on 2 image sets: 12 steps, 42 images" in out
-    assert "by the 6 runs that are done" in out
+    assert "by 6 runs that are done" in out
+
+
+@pytest.mark.parametrize(
+    ("tuned", "told"),
+    [
+        ((0.1, 0.09, 0.11), "kid 0.100, base 0.300, apart"),
+        ((0.29, 0.2, 0.38), "kid 0.290, base 0.300, not apart by the intervals"),
+        ((0.5, 0.45, 0.55), "kid 0.500, base 0.300: the base is nearer, apart"),
+        ((0.5, None, None), "kid 0.500, base 0.300)"),
+    ],
+)
+def test_the_headline_says_which_way_method_and_base_are_apart(tuned, told):
+    rows = [
+        {"set": "dtd", "network": "clip", "method": method, "figures": {"kid": figure}}
+        for method, figure in (("pretrained", (0.3, 0.28, 0.32)), ("atoms", tuned))
+    ]
+    assert told in sentence(rows, "dtd")
 
 
 def test_the_plan_of_the_paper_s_experiment_is_reckoned_without_data_base_or_card(tmp_path, monkeypatch, capsys):
@@ -231,7 +250,7 @@ def test_the_plan_of_the_paper_s_experiment_is_reckoned_without_data_base_or_car
     runs = 16 * 7  # the base and six methods
     assert f"{runs} runs on 16 image sets: {16 * 6 * 5000:,} steps, {runs * 2048:,} images" in out
     hours = (16 * 6 * 5000 * 0.5 + runs * 2048 * 2) / 3600
-    assert f"device hours: about {hours:.0f} " in out
+    assert f"device hours: about {hours:.1f}, by step_seconds (0.5) and image_seconds (2)" in out
     # 4,212 atoms: a run is its images at 2 bytes a pixel and three checkpoints of three numbers each
     size = 2048 * 512 * 512 * 2 + 3 * 3 * 4 * 4212
     line = next(line for line in out.splitlines() if line.startswith("dtd/atoms/seed-0"))
