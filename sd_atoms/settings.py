@@ -212,7 +212,8 @@ def resolve(
     for name, (_, field) in fields.items():
         excused = any(values.get(other) is not None for other in field.metadata["unless"])
         if field.metadata["required"] and values.get(name) is None and name not in reported and not excused:
-            problems.append(f"{name} is required: {field.metadata['help']}")
+            same = "".join(f" (--{alias})" for alias, value in field.metadata["aliases"].items() if value is None)
+            problems.append(f"{name}{same} is required: {field.metadata['help']}")
     if problems:
         of_words = all(problem.startswith(("--", "unknown flag", "unexpected word")) for problem in problems)
         source = f"{config_path}: " if config_path and not of_words else ""

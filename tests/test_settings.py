@@ -1,13 +1,15 @@
 """Settings: one table of defaults behind flags and YAML, and every mistake at once."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 from helpers import train_config
 
+from sd_atoms.cli import COMMANDS
 from sd_atoms.data.prompts import load_templates
 from sd_atoms.errors import UserError
-from sd_atoms.settings import launcher_notes, resolve, to_yaml
+from sd_atoms.settings import fields_of, launcher_notes, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
 
 NEEDED = dict(pretrained_model_name_or_path="pocket", instance_data_dir="photos", instance_prompt="a <c>")
@@ -50,7 +52,7 @@ def test_every_mistake_is_reported_at_once_with_the_nearest_name(tmp_path):
         "solver: 'qr' is not one of svd",
         "learning_rate: nan is out of range",
         "method: 3 is a int, text is needed",
-        "pretrained_model_name_or_path is required",
+        "pretrained_model_name_or_path (--base) is required",
         "instance_data_dir is required",
     ):
         assert part in text, part
@@ -184,3 +186,16 @@ def test_packaged_files_go_by_short_names(tmp_path, monkeypatch):
     assert len(load_templates("few_shot")) == 20
     with pytest.raises(UserError, match="pocket/palace: cannot be read"):
         resolve(TrainConfig, {}, "pocket/palace")
+
+
+def test_every_command_calls_its_base_alike():
+    takes = []
+    for command in COMMANDS:
+        settings = getattr(importlib.import_module(f"sd_atoms.commands.{command.replace('-', '_')}"), "Settings", None)
+        fields = {} if settings is None else fields_of(settings)
+        if "pretrained_model_name_or_path" in fields:
+            assert "base" in fields["pretrained_model_name_or_path"][1].metadata["aliases"], command
+            takes.append(command)
+    assert takes == ["train", "doctor", "generate", "drift", "inspect", "export", "import", "extract"]
+    config = resolve(TrainConfig, {"base": "pocket", "instance_data_dir": "photos", "instance_prompt": "a <c>"})
+    assert config.base.pretrained_model_name_or_path == "pocket"

@@ -30,7 +30,9 @@ class Settings:
     adapter: str = setting(
         None, MODEL, "run or adapter folder, one .safetensors file, a run's checkpoint, or hub id", required=True
     )
-    pretrained_model_name_or_path: str | None = setting(None, MODEL, "the base; none = the one it was trained on")
+    pretrained_model_name_or_path: str | None = setting(
+        None, MODEL, "the base; none = the one it was trained on", aliases=["base"]
+    )
     base_config: str | None = setting(
         None, MODEL, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
     )

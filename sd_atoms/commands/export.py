@@ -4,6 +4,7 @@ Without --to it prints what each kind is, how large, how exact and for which pro
 between them, become one file.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, safe_name
+from sd_atoms.formats.keys import UNET, kohya_key
 from sd_atoms.pipeline import DTYPES, open_base
 from sd_atoms.pipeline.checkpoint import merge_into, write_checkpoint
 from sd_atoms.pipeline.comfy import NODE, why_not, write_comfy
-from sd_atoms.pipeline.export import ReadBack, file_bytes, write_lora, write_tensors
+from sd_atoms.pipeline.export import ReadBack, file_bytes, tensors_bytes, write_lora, write_tensors
 from sd_atoms.pipeline.gather import Contents, gather, refusal
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.report.table import text_table
@@ -70,12 +72,16 @@ def run(settings: Settings) -> None:
         raise UserError(f"--to {settings.to}: {unknown[0]!r} is not one of {', '.join(KINDS)}")
     if settings.lossy_rank is not None and "lora" not in kinds:
         raise UserError("--lossy_rank is only for --to lora")
-    name = safe_name(settings.name or _name(sources[0]))
+    given = settings.name or "+".join(_name(source) for source in sources)
+    name = safe_name(given)
+    if kinds and name != given:
+        print(f"the files are called {name}, since {given!r} has what names of files should not have")
     place = Path(sources[0]).expanduser()
     out = Path(settings.out) if settings.out else (place if place.is_dir() else place.parent) / "export"
     paths = {kind: [out / file for file in _files(kind, name)] for kind in kinds}
     _refuse_existing([path for own in paths.values() for path in own], settings.overwrite)
     artefacts = [open_adapter(source, settings.pretrained_model_name_or_path) for source in sources]
+    _refuse_twice(sources, [artefact.digest() for artefact in artefacts])
     if "comfy" in kinds and (reason := why_not([artefact.config for artefact in artefacts])):
         raise UserError(f"--to comfy: {reason}")
     base = find_base(settings.pretrained_model_name_or_path, sources[0], parse_header(sources[0], artefacts[0].about))
@@ -91,18 +97,20 @@ def run(settings: Settings) -> None:
         print(_overview(contents, refused, DTYPES[settings.dtype]))
         return
     dtype, told = DTYPES[settings.dtype], []
-    header = {"ss_network_module": "networks.lora", "ss_base_model_version": contents.sd, "ss_output_name": name}
+    header = {"ss_network_module": "networks.lora", "ss_output_name": name}
+    header |= {"ss_base_model_version": contents.sd} if contents.sd else {}
     header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
     for kind in kinds:
         if kind in ("lora", "diff"):
             (path,) = paths[kind]
-            size = file_bytes(contents.layers, kind, dtype, settings.lossy_rank if kind == "lora" else None)
-            print(f"{path}: {_size(size)} …", flush=True)
             rank = settings.lossy_rank if kind == "lora" else None
+            size = file_bytes(contents.layers, kind, dtype, contents.modules, rank)
+            print(f"{path}: {_size(size)} …", flush=True)
             found = write_lora(path, contents.layers, kind, dtype, contents.modules, header, rank)
             told += [_written(path, found, "lossy" if rank else None)]
             if rank:
                 told += [f"  {layer}: {error:.1%} of its change lost" for layer, error in found.errors.items()]
+                told += [f"  in all: {found.total(contents.layers):.1%} of the change lost"]
         elif kind == "comfy":
             path, node = paths[kind]
             told += [_written(path, write_comfy(path, contents.mixed, contents.weights, contents.layers, header))]
@@ -113,13 +121,15 @@ def run(settings: Settings) -> None:
             told += _write_words(out, contents.tokens)
         else:
             file, folder = paths[kind]
-            print(f"{file} and {folder}: {_size(contents.checkpoint_numbers * dtype.itemsize)} each …", flush=True)
+            print(f"{file} and {folder}: {_size(tensors_bytes(contents.checkpoint_shapes, dtype))} each …", flush=True)
             pipe = open_base(base, base_config=base_config)
             vocabulary = merge_into(pipe, contents.layers, contents.tokens)
             found = write_checkpoint(file, folder, pipe, contents.layers, vocabulary, dtype)
-            told += [_written(file, found), f"{folder}: the same for diffusers, its words in the tokenizer"]
-    if contents.tokens and "words" not in kinds and kinds != ["checkpoint"]:
-        told.append(f"its words {' '.join(contents.tokens)} are in none of these: --to words")
+            words = f", with {' '.join(contents.tokens)} in the tokenizer" if contents.tokens else ""
+            told += [_written(file, found), f"{folder}: the same for diffusers{words}"]
+    if contents.tokens and "words" not in kinds:
+        other = " (but for the folder)" if "checkpoint" in kinds else ""
+        told.append(f"{' '.join(contents.tokens)}: words are in none of these files{other}; --to words writes them")
     print("\n".join(told))
 
 
@@ -133,7 +143,18 @@ def _sources(settings: Settings) -> tuple[list[str], list[float]]:
     strengths = strengths * len(sources) if len(strengths) == 1 else strengths
     if len(strengths) != len(sources):
         raise UserError(f"--strength {settings.strength}: {len(strengths)} for {len(sources)} adapters; one each")
+    if not all(map(math.isfinite, strengths)):
+        raise UserError(f"--strength {settings.strength}: finite numbers are allowed")
     return sources, strengths
+
+
+def _refuse_twice(sources: list[str], digests: list[str]) -> None:
+    for number, digest in enumerate(digests):
+        first = digests.index(digest)
+        if first != number:
+            raise UserError(
+                f"{sources[number]}: the same adapter as {sources[first]}; name it once, at the sum of its strengths"
+            )
 
 
 def _name(source: str) -> str:
@@ -153,37 +174,47 @@ def _files(kind: str, name: str) -> list[str]:
 
 def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -> str:
     biases = any("bias" in change.values and not change.norm for change in contents.layers.values())
-    rounding, of_atoms = f"rounded to {_short(dtype)}", sum(mixed.numel() for mixed in contents.mixed.values())
+    rounding, whole = f"rounded to {_short(dtype)}", tensors_bytes(contents.checkpoint_shapes, dtype)
+    words = sum(
+        tensors_bytes({"emb_params": (len(rows), len(rows[0]))}, torch.float16)
+        for rows in _words(contents.tokens).values()
+    )
     about = {
-        "comfy": (of_atoms * 4, "exact", "ComfyUI, with the node that comes with it"),
-        "checkpoint": (contents.checkpoint_numbers * dtype.itemsize, f"the sum {rounding}", f"{PROGRAMS}, diffusers"),
+        "comfy": (_comfy_bytes(contents), "exact", "ComfyUI, with the node that comes with it"),
+        "checkpoint": (2 * whole, f"the sum {rounding}", f"{PROGRAMS}, diffusers"),
         "lora": (None, rounding, f"{PROGRAMS}, diffusers"),
         "diff": (None, rounding, "ComfyUI, stable-diffusion.cpp" if biases else PROGRAMS),
-        "words": (
-            sum(row.numel() for row in contents.tokens.values()) * 2,
-            "rounded to fp16",
-            f"{PROGRAMS}, diffusers",
-        ),
+        "words": (words, "rounded to fp16", f"{PROGRAMS}, diffusers"),
     }
     rows = []
     for kind, (size, exact, programs) in about.items():
         if kind in refused:
             rows.append([kind, "-", "-", refused[kind]])
             continue
-        size = file_bytes(contents.layers, kind, dtype) if size is None else size
+        size = file_bytes(contents.layers, kind, dtype, contents.modules) if size is None else size
         rows.append([kind, _size(size), exact, programs])
     best = next((kind for kind in ("comfy", "checkpoint", "words") if kind not in refused), None)
-    words = ",words" if contents.tokens and best != "words" else ""
+    more = ",words" if contents.tokens and best != "words" else ""
     also = "; checkpoint where no node can be put in" if best == "comfy" else ""
     return "\n".join(
-        [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{words}{also}"]
+        [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{more}{also}"]
     )
 
 
+def _comfy_bytes(contents: Contents) -> int:
+    shapes = {kohya_key(UNET, name, "atoms_b"): b.shape for name, b in contents.mixed.items()}
+    return tensors_bytes(shapes, torch.float32) + NODE.stat().st_size
+
+
 def _refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    there = [path for path in paths if path.exists()]
+    there = [path for path in paths if path.exists() and not _is_node(path)]
     if there and not overwrite:
         raise UserError(f"{there[0]}: exists; pass --overwrite to replace it, or another --name or --out")
+
+
+def _is_node(path: Path) -> bool:
+    """Whether a file is the node already, which every adapter comes with alike."""
+    return path.name == NODE.name and path.is_file() and path.read_bytes() == NODE.read_bytes()
 
 
 def _words(tokens: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:

@@ -80,7 +80,9 @@ def run(settings: Settings) -> Path:
     base = settings.pretrained_model_name_or_path
     if is_model(source):
         if base is None:
-            raise UserError(f"pretrained_model_name_or_path is required: {source} does not say what it was made from")
+            raise UserError(
+                f"pretrained_model_name_or_path (--base) is required: {source} does not say what it was made from"
+            )
         artefact, header, base_config = None, Header(), settings.base_config
         pipe, other = (_open(name, base_config) for name in (base, source))
         try:
@@ -99,11 +101,14 @@ def run(settings: Settings) -> Path:
     chosen = {key: value for key in ("m", "m1", "kc") if (value := getattr(settings, key)) or key == "m"}
     found = extract(pipe, layers, chosen, settings.target, "extracted")
     print(extraction_text(found))
-    if found.explained < settings.floor and not settings.force:
-        raise UserError(
-            f"{source}: atoms explain {found.explained:.1%} of its change, less than floor={settings.floor:g}; other "
-            "--target, --kc or --m1 may take more of it; --force writes it all the same"
+    if not found.layers or (found.explained < settings.floor and not settings.force):
+        told = f"{source}: atoms explain {found.explained:.1%} of its change"
+        told += (
+            f", less than --floor {settings.floor:g}" if found.layers else f", which is outside of {settings.target}"
         )
+        wider = "" if settings.kc else "--target conv+linear --kc 4 covers attention and 1×1 convolutions too; "
+        forced = "; --force writes it all the same" if found.layers else ""
+        raise UserError(f"{told}; {wider}other --target, --kc or --m1 may take more of it{forced}")
     tokens = {} if artefact is None else artefact.tokens
     about = Header(
         base=base, tokens=header.tokens, instance_prompt=header.instance_prompt, sampling=header.sampling
@@ -146,7 +151,8 @@ def extraction_text(found: Extraction) -> str:
     rows = [[name, f"{share:.2%}", f"{explained:.1%}"] for name, (share, explained) in layers[:SHOWN]]
     more = [f"… and {len(layers) - SHOWN} layers with less"] if len(layers) > SHOWN else []
     covered = sum(share for share, _ in found.layers.values())
-    lines = [text_table(["layer", "of all the change", "explained by atoms"], rows), *more, ""]
+    table = [text_table(["layer", "of all the change", "explained by atoms"], rows), *more, ""]
+    lines = table if rows else []
     lines += [f"in layers with atoms: {covered:.1%} of the change"]
     lines += [f"outside of them: {share:.1%} in {kind}" for kind, share in sorted(found.outside.items())]
     return "\n".join([*lines, f"explained in all: {found.explained:.1%}"])

@@ -11,8 +11,10 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs
 from sd_atoms.methods.imported import ImportedConfig, dora_axis, kind_of
 from sd_atoms.pipeline import DTYPES, load_adapter, open_base, read_artefact, save_adapter
+from sd_atoms.pipeline.artefact import is_ours
 from sd_atoms.settings import setting
 from sd_atoms.sources import public_name
+from sd_atoms.tuner import AtomsConfig
 
 WHAT, RESULT = "what to import", "result"
 
@@ -21,7 +23,9 @@ WHAT, RESULT = "what to import", "result"
 class Settings:
     """Settings of `sd-atoms import`."""
 
-    file: str = setting(None, WHAT, "a .safetensors file of another program", required=True, positional=True)
+    file: str = setting(
+        None, WHAT, "a .safetensors file of another program, or a folder of diffusers", required=True, positional=True
+    )
     pretrained_model_name_or_path: str = setting(
         None, WHAT, "the base that it is for", required=True, aliases=["base"]
     )
@@ -39,13 +43,15 @@ def run(settings: Settings) -> Path:
             place cannot be written to.
     """
     source = Path(settings.file).expanduser()
-    out = source.with_name(f"{source.stem}-imported.safetensors") if settings.out is None else Path(settings.out)
+    name = source.name if source.is_dir() else source.stem
+    out = source.with_name(f"{name}-imported.safetensors") if settings.out is None else Path(settings.out)
     if out.suffix == ".safetensors":
         check_outputs(settings.overwrite, out=str(out))
     elif out.exists() and not settings.overwrite:
         raise UserError(f"--out {out}: exists; pass --overwrite to replace it, or another name")
     artefact = read_artefact(source)
-    if artefact.config is not None and not isinstance(artefact.config, ImportedConfig):
+    ours = source.is_file() and is_ours(source)
+    if artefact.config is not None and not isinstance(artefact.config, ImportedConfig) and (ours or source.is_dir()):
         raise UserError(f"{source}: it is an adapter of {artefact.method} already, which every command takes")
     base = settings.pretrained_model_name_or_path
     pipe = open_base(base, base_config=settings.base_config)
@@ -64,8 +70,10 @@ def run(settings: Settings) -> Path:
     return out
 
 
-def _kinds(model, config: ImportedConfig) -> str:
+def _kinds(model, config: ImportedConfig | AtomsConfig) -> str:
     """How many layers there are of each kind, and which way DoRA norms."""
+    if isinstance(config, AtomsConfig):
+        return f"{len(config.target_modules)} layers of filter atoms"
     kinds = Counter()
     for name, parts in config.parts.items():
         kind = kind_of(parts) or "bias"

@@ -8,7 +8,7 @@ from typing import Any
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
-from sd_atoms.pipeline.artefact import is_ours
+from sd_atoms.pipeline.artefact import LORA_FILE, WEIGHTS_FILE, is_ours
 from sd_atoms.pipeline.description import describe_file
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
@@ -91,6 +91,8 @@ def run(settings: Settings) -> None:
 def _foreign_file(source: str) -> Path | None:
     """The file that a source is, if no program of ours wrote it."""
     path = Path(source).expanduser()
+    if (path / LORA_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+        path = path / LORA_FILE
     if not path.is_file() or path.suffix != ".safetensors" or checkpoint_of(source) is not None:
         return None
     return None if is_ours(path) else path

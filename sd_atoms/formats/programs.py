@@ -6,6 +6,24 @@ from typing import NamedTuple
 from sd_atoms.formats.keys import TEXT, UNET, WORD, Entry
 
 MOST_LEFT_OVER = 12  # of Forge
+# by such a layer InvokeAI tells what base a file is for
+KNOWN_BY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+# diffusers 0.42 reads q, k and v of a text encoder as its own where the file has this beside any of them
+TEXT_KNOWN_BY = "self_attn.out_proj"
+ALL = ("ComfyUI", "A1111", "Forge", "InvokeAI", "stable-diffusion.cpp", "diffusers", "sd_atoms")
+
+
+def is_known_by(place: str, module: str) -> bool:
+    """Whether exports have this layer, if only as zeros, for a program to know the others by."""
+    return module == KNOWN_BY if place == UNET else module.endswith(TEXT_KNOWN_BY)
+
+
+def lacks_text_known_by(layers: Iterable[tuple[str, str]]) -> str | None:
+    """The first q, k or v of a text encoder if none of its layers is TEXT_KNOWN_BY, else None."""
+    modules = [module for place, module in layers if place == TEXT]
+    if any(module.endswith(TEXT_KNOWN_BY) for module in modules):
+        return None
+    return next((module for module in modules if module.endswith(("q_proj", "k_proj", "v_proj"))), None)
 
 
 class Contents(NamedTuple):
@@ -39,15 +57,8 @@ def _kind(part: str) -> str | None:
 
 def programs(contents: Contents) -> dict[str, str | None]:
     """Program -> why it does not take the file as it is, or None."""
-    return {
-        "ComfyUI": None,
-        "A1111": _a1111(contents),
-        "Forge": _forge(contents),
-        "InvokeAI": _invoke(contents),
-        "stable-diffusion.cpp": _cpp(contents),
-        "diffusers": _diffusers(contents),
-        "sd_atoms": None,
-    }
+    rules = (None, _a1111, _forge, _invoke, _cpp, _diffusers, None)
+    return {name: rule and rule(contents) for name, rule in zip(ALL, rules, strict=True)}
 
 
 def _a1111(contents: Contents) -> str | None:
@@ -96,4 +107,7 @@ def _diffusers(contents: Contents) -> str | None:
     if contents.words or contents.left_over:
         extra = contents.left_over[0] if contents.left_over else "bundle_emb."
         return f"it refuses other keys ({extra})"
+    of_kohya = any(key.startswith("lora_te") for key in contents.keys)
+    if of_kohya and (lone := lacks_text_known_by(contents.layers)):
+        return f"it passes over or refuses q, k and v of a text encoder without any out_proj ({lone})"
     return None

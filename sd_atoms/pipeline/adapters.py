@@ -68,7 +68,7 @@ def save_adapter(
             device, or the place cannot be written to.
     """
     config, state = _part(pipe, "unet", adapter_name)
-    if config is None and not tokens:
+    if config is None and adapter_name not in _adapters(pipe, "text_encoder") and not tokens:
         raise UserError(f"adapter_name: {adapter_name!r} is not loaded; there are {_loaded(pipe)}")
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -327,4 +327,4 @@ def _fingerprint(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _loaded(pipe) -> str:
-    return ", ".join(_adapters(pipe, "unet")) or "none"
+    return ", ".join({**_adapters(pipe, "unet"), **_adapters(pipe, "text_encoder")}) or "none"

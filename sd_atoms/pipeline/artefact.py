@@ -6,7 +6,7 @@ One file:  of filter atoms atoms_delta.9x9, atoms_initial.9x9 (layers, m, K), th
            key> if the text encoder has an adapter too.
 Folder:    adapter_config.json, adapter_model.safetensors with PEFT's keys, learned_embeds.safetensors with the
            placeholder rows under their own names, as textual inversion files have them; text_encoder/ with the first
-           two for the text encoder. Without an adapter in the UNet (method token) the rows alone.
+           two for the text encoder. Without an adapter in the UNet there are only the others.
 The header entry "sd_atoms" of both is a JSON object: format, method, config, layers (of atoms: by shape, in the order
 of the stacks), fingerprint of the base, text_encoder (settings of its adapter) if there is one, and the entries of
 `header` about the making. Filter atoms are written in format 1, what older versions cannot read in 2.
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, kept_settings, peft_config, plain_settings
-from sd_atoms.pipeline.foreign import read_foreign
+from sd_atoms.pipeline.foreign import BARE, is_bare, read_foreign
 from sd_atoms.pipeline.lora import LORA_KEYS
 from sd_atoms.pipeline.tokens import row_from_text, row_to_text
 from sd_atoms.sources import resolve_source
@@ -46,6 +46,7 @@ CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
     "learned_embeds.safetensors",
 )
 PICKLE_FILE = "adapter_model.bin"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder as diffusers writes it
 PEFT_PREFIX = "base_model.model."
 # what a layer may have, and the letter that its shape gets in the name of a stack
 PARTS = {
@@ -96,7 +97,7 @@ class Artefact:
     def method(self) -> str:
         """The name of the method, as far as the file says it."""
         if self.config is None:
-            return "token"
+            return self.about.get("method", "token") if self.text_config is not None else "token"
         return self.about.get("method", "atoms" if self.is_atoms else f"peft-{self.config.peft_type.value.lower()}")
 
     @property
@@ -182,7 +183,8 @@ def write_artefact(artefact: Artefact, path: str | Path, dtype: torch.dtype = to
         header = _header(artefact) if artefact.config is None else {}
         _write_tensors(path / TOKENS_FILE, artefact.tokens, dtype, header)
     if artefact.text_config is not None:
-        _write_adapter(path / TEXT, artefact.text_config, artefact.text_state, dtype, {})
+        header = {} if artefact.config is not None or artefact.tokens else _header(artefact)
+        _write_adapter(path / TEXT, artefact.text_config, artefact.text_state, dtype, header)
     # what an adapter that stood here had beyond this one would be read as a part of it
     left = [] if artefact.tokens else [path / TOKENS_FILE]
     for folder, config in ((path, artefact.config), (path / TEXT, artefact.text_config)):
@@ -231,7 +233,8 @@ def _read_file(path: Path) -> Artefact:
     if about is None:
         made = read_foreign(path, tensors, metadata)
         if made is not None:
-            about = {"method": IMPORTED, "tokens": dict.fromkeys(made.tokens, "")}
+            about = {} if isinstance(made.config, AtomsConfig) else {"method": IMPORTED}
+            about["tokens"] = dict.fromkeys(made.tokens, "")
             return Artefact(
                 made.config, made.state, made.tokens, about, made.text_config, made.text_state,
                 left_over=tuple(made.left_over),
@@ -241,6 +244,8 @@ def _read_file(path: Path) -> Artefact:
             if "checkpoint" in path.name
             else ""
         )
+        if is_bare(tensors):
+            raise UserError(f"{path}: {BARE}")
         raise UserError(
             f"{path}: it is not an adapter of sd_atoms (no {HEADER!r} entry in its header{hint}), and "
             "no keys as kohya, LyCORIS, ComfyUI or diffusers write them"
@@ -282,16 +287,22 @@ def _stacked_atoms(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 
 
 def _read_folder(folder: Path) -> Artefact:
+    if (folder / LORA_FILE).exists() and not (folder / WEIGHTS_FILE).exists():
+        return _read_file(folder / LORA_FILE)
     tokens, _, about = _read_tensors(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else ({}, {}, None)
-    config, state = None, {}
-    if about is None or any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
+    config, state, text_config, text_state, of_text = None, {}, None, {}, None
+    if _has_adapter(folder / TEXT):
+        text_config, text_state, of_text = _read_adapter(folder / TEXT)
+        about = about or of_text  # where there is neither an adapter of the UNet nor a token
+    if about is None or _has_adapter(folder):
         config, state, about = _read_adapter(folder)
-    text_config, text_state = None, {}
-    if any((folder / TEXT / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)):
-        text_config, text_state, _ = _read_adapter(folder / TEXT)
     if about is not None and (TEXT in about) != (text_config is not None):
         raise UserError(f"{folder / WEIGHTS_FILE}: its header and the folder {TEXT} beside it do not fit")
     return Artefact(config, state, tokens, about or {}, text_config, text_state)
+
+
+def _has_adapter(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE))
 
 
 def _read_adapter(folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, Any] | None]:

@@ -9,10 +9,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel
 
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline.description import WHOLE_MODEL, describe_file
+from sd_atoms.pipeline.description import WHOLE_MODEL, describe_file, is_whole_model
 from sd_atoms.sources import packaged_path, resolve_source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -158,7 +159,11 @@ def is_model(name: str) -> bool:
     """Whether a source is a whole model, in a folder or in one file, and no adapter."""
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
-        return describe_file(path)["kind"] == WHOLE_MODEL
+        try:
+            with safe_open(path, "pt") as file:
+                return is_whole_model(file.keys())
+        except (SafetensorError, OSError):
+            return False  # reading it as an adapter says what is wrong
     return packaged_path(name) is not None or (path / "model_index.json").is_file()
 
 

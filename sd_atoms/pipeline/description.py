@@ -1,31 +1,42 @@
 """What any safetensors file is, by its header: kind, base, layers, ranks, and which programs take it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.formats.keys import TEXT, UNET, WORD, Entry, is_sdxl, parse_keys
-from sd_atoms.formats.names import mangled, unet_to_ldm
-from sd_atoms.formats.programs import contents_of, programs
-from sd_atoms.pipeline.foreign import ROW_KEYS
+from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, parse_keys
+from sd_atoms.formats.programs import ALL, contents_of, programs
+from sd_atoms.methods.imported import check_fit
+from sd_atoms.pipeline.architectures import build_unet, unet_config
+from sd_atoms.pipeline.foreign import BARE, OVERCOMPLETE, ROW_KEYS, is_bare, read_foreign
 from sd_atoms.pipeline.single_file import UNET_PREFIX
 
 WHOLE_MODEL = "whole model under LDM's names"
-WIDTHS = {768: "Stable Diffusion v1", 1024: "Stable Diffusion v2", 2048: "SDXL"}
+COMFY = "filter atoms for ComfyUI, with our node"
+BASES = ("Stable Diffusion v1", "Stable Diffusion v2")
+WIDTHS = {768: BASES[0], 1024: BASES[1], 2048: "SDXL"}
+CHANNELS = 320  # of the first convolution of all of them
+TEXT_INPUTS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")  # layers that take a text's states
+NO_BASE = "no Stable Diffusion v1 or v2 has layers of these shapes"
+NAMED_BY = ("ss_base_model_version", "modelspec.architecture")
+ANY_SHAPE = ("diffusers", "sd_atoms")  # take other bases too
 RANKED = ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Says what a file is; of its numbers only alphas are read.
+    """Says what a file is, and tries whether it can be read as an adapter.
 
     Returns:
-        `file`, `bytes`, `tensors`, `dtypes`; `kind` in a few words; `base` as far as it can be told; of adapters also
-        `layers` by place, kind and type of layer, `ranks` and `alphas` with how many layers have each, `dora`,
-        `words`, `left_over`, and `programs`: name -> why it does not take the file, or None.
+        `file`, `bytes`, `tensors`, `dtypes`; `kind` in a few words; `base` as far as it can be told, by the shapes of
+        the layers first; of adapters also `layers` by place, kind and type of layer, `ranks` and `alphas` with how
+        many layers have each, `dora`, `words`, `left_over`, and `damage`: why `import` refuses it, or None. Of
+        whatever a program takes, `programs`: name -> why it does not take the file, or None.
 
     Raises:
         UserError: it cannot be read, or is no safetensors file.
@@ -35,46 +46,111 @@ def describe_file(path: Path) -> dict[str, Any]:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
             dtypes = Counter(file.get_slice(key).get_dtype() for key in shapes)
             metadata = file.metadata() or {}
-            alphas = {
-                key: float(file.get_tensor(key))
-                for key, shape in shapes.items()
-                if key.endswith(".alpha") and shape in ((), (1,))
-            }
+            whole = is_whole_model(shapes)
+            tensors = {} if whole else {key: file.get_tensor(key) for key in shapes}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: corrupt or not a safetensors file ({error})") from error
     found = {"file": str(path), "bytes": path.stat().st_size, "tensors": len(shapes), "dtypes": dict(dtypes)}
+    if whole:
+        base = _base_of_model(shapes)
+        taken = _taken(dict.fromkeys(ALL), base is None, None)
+        taken |= {"sd_atoms": "it takes Stable Diffusion v1 and v2"} if base == "SDXL" else {}
+        return found | {"kind": WHOLE_MODEL, "base": base, "programs": taken}
     entries, left_over = parse_keys(shapes)
-    if any(key.startswith(UNET_PREFIX) for key in shapes):
-        return found | {"kind": WHOLE_MODEL, "base": _base_of_model(shapes)}
+    sdxl = is_sdxl(shapes) or metadata.get(NAMED_BY[0], "").startswith("sdxl")
+    damage = None if sdxl else _damage(path, tensors, metadata)
     if len(shapes) == 1 and next(iter(shapes)) in ROW_KEYS:
-        rows = next(iter(shapes.values()))
-        return found | {"kind": f"word: embedding of {rows[0]} rows", "base": WIDTHS.get(rows[-1])}
-    if any(key.endswith(".atoms_b") for key in shapes):
-        return found | {"kind": "filter atoms for ComfyUI, with our node", "base": None}
+        rows = torch.atleast_2d(next(iter(tensors.values())))
+        base = WIDTHS.get(rows.shape[-1])
+        found |= {"kind": f"word: embedding of {len(rows)} rows", "base": base, "damage": damage}
+        return found | {"programs": _taken(dict.fromkeys(ALL), base is None, damage)}
+    if any(key.endswith(ATOMS_B) for key in shapes):
+        others = dict.fromkeys(ALL, "it does not know our matrix B")
+        others |= {"ComfyUI": None if damage == OVERCOMPLETE else damage, "sd_atoms": damage}
+        return found | {"kind": COMFY, "base": _named_base(metadata), "programs": others}
     if not entries:
         return found | {"kind": _other_kind(shapes), "base": WIDTHS.get(_context(shapes))}
     contents = contents_of(entries, left_over)
-    ranks = Counter(
-        shapes[key][0] for key, entry in entries.items() if entry.part in RANKED and not _is_alias(entry, key)
+    # under LDM's name too, a layer is the same one
+    own = {key: entry for entry, key in {entry: key for key, entry in reversed(entries.items())}.items()}
+    ranks = Counter(shapes[key][0] for key, entry in own.items() if entry.part in RANKED and shapes[key])
+    alphas = Counter(
+        float(tensors[key]) for key, entry in own.items() if entry.part == "alpha" and tensors[key].numel() == 1
     )
-    alphas = {key: value for key, value in alphas.items() if not _is_alias(entries.get(key), key)}
+    base, other = ("SDXL", False) if sdxl else _base_of_adapter(own, shapes, metadata)
+    taken = dict.fromkeys(ALL, "made for SDXL") if sdxl else _taken(programs(contents), other, damage)
     return found | {
         "kind": f"adapter: {' and '.join(sorted(contents.kinds)) or 'words'}",
-        "base": "SDXL" if is_sdxl(shapes) else _named_base(metadata) or WIDTHS.get(_context(shapes)),
+        "base": base,
         "layers": _layers(contents.layers, shapes, entries),
         "ranks": dict(sorted(ranks.items())),
-        "alphas": dict(sorted(Counter(alphas.values()).items())),
+        "alphas": dict(sorted(alphas.items())),
         "dora": sum(entry.part == "dora_scale" for entry in entries.values()),
         "words": sorted({entry.module for entry in entries.values() if entry.place == WORD}),
         "left_over": left_over,
-        "programs": dict.fromkeys(programs(contents), "made for SDXL") if is_sdxl(shapes) else programs(contents),
+        "damage": damage,
+        "programs": taken,
     }
 
 
-def _is_alias(entry: Entry | None, key: str) -> bool:
-    """Whether a key has LDM's name of a layer, which then may be there by diffusers' too."""
-    ldm = None if entry is None else unet_to_ldm(entry.module)
-    return ldm is not None and f"_{mangled(ldm)}." in key
+def is_whole_model(keys: Iterable[str]) -> bool:
+    """Whether keys are those of a whole model in one file."""
+    return any(key.startswith(UNET_PREFIX) for key in keys)
+
+
+def _damage(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str | None:
+    """Why reading the file as an adapter is refused; None where it is not."""
+    try:
+        read_foreign(path, tensors, metadata)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _taken(programs_: Mapping[str, str | None], other: bool, damage: str | None) -> dict[str, str | None]:
+    """The same for a file that is made for another network, or is damaged; what is damaged is for nobody."""
+    if damage:
+        return dict.fromkeys(programs_, "the file is damaged")
+    if not other:
+        return dict(programs_)
+    return {name: why or (None if name in ANY_SHAPE else NO_BASE) for name, why in programs_.items()}
+
+
+def _base_of_adapter(entries, shapes, metadata) -> tuple[str | None, bool]:
+    """The base of an adapter as far as it can be told, and whether the shapes of its layers say that it is another."""
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, entry in entries.items():
+        if entry.place == UNET:
+            parts.setdefault(entry.module, {})[entry.part] = shapes[key]
+    fitting = _fitting_bases(parts) if parts else []
+    if parts and not fitting:
+        return None, True
+    text = (
+        shapes[key][-1]
+        for key, entry in entries.items()
+        if entry.place == TEXT and entry.part == "lora_down" and entry.module.endswith(TEXT_INPUTS)
+    )
+    told = " or ".join(fitting) or WIDTHS.get(next(text, None))
+    return _named_base(metadata) or told, False
+
+
+def _fitting_bases(parts: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
+    """The bases whose UNets have most layers of these shapes, if that is half of them at least: a few may be of a
+    network with further inputs, or have names of their own."""
+    counts = {}
+    for base, arch in zip(BASES, ("sd-v1-4", "sd-v2-1"), strict=True):
+        modules = dict(build_unet(unet_config(arch), "meta").named_modules())
+        counts[base] = sum(_fits(own, modules.get(name)) for name, own in parts.items())
+    most = max(counts.values())
+    return [base for base, count in counts.items() if count == most and 2 * count >= len(parts)]
+
+
+def _fits(parts: Mapping[str, tuple[int, ...]], layer: nn.Module | None) -> bool:
+    try:
+        check_fit(parts, layer)
+    except (ValueError, IndexError):
+        return False
+    return True
 
 
 def _layers(layers: Mapping[tuple[str, str], Sequence[str]], shapes, entries) -> dict[str, dict[str, int]]:
@@ -94,7 +170,7 @@ def _layers(layers: Mapping[tuple[str, str], Sequence[str]], shapes, entries) ->
 
 
 def _named_base(metadata: Mapping[str, str]) -> str | None:
-    return metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
+    return next((metadata[name] for name in NAMED_BY if metadata.get(name)), None)
 
 
 def _context(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -109,14 +185,14 @@ _OUTPUTS = ("lora_up.weight", "lora_B.weight", "up.weight", "hada_w1_a", "hada_w
 
 
 def _base_of_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    base = WIDTHS.get(_context(shapes))
     first = shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", ())
+    base = WIDTHS.get(_context(shapes)) if first[:1] == (CHANNELS,) else None
     return f"{base}, for inpainting" if base and len(first) > 1 and first[1] == 9 else base
 
 
 def _other_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if any(key.startswith("base_model.model.") for key in shapes):
-        return "weights of a PEFT folder: pass the folder, whose adapter_config.json says what they are"
+    if is_bare(shapes):
+        return BARE
     for start, kind in (
         ("down_blocks.", "UNet of a diffusers folder"),
         ("encoder.down_blocks.", "VAE of a diffusers folder"),

@@ -5,7 +5,9 @@ round where that is smaller, so every program that adds LoRA to convolutions add
 factors of low rank keeps them. Names are kohya's; what each program needs besides is in docs/programs.md.
 """
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sd_atoms.atoms.measures import energy
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 from sd_atoms.formats.keys import TEXT, UNET, kohya_key, parse_keys
 from sd_atoms.formats.names import unet_to_ldm
+from sd_atoms.formats.programs import KNOWN_BY, TEXT_KNOWN_BY, lacks_text_known_by
 from sd_atoms.methods.factors import Factors
 from sd_atoms.methods.imported import changes as changes_of_parts
 from sd_atoms.pipeline.changes import Change
@@ -25,8 +29,6 @@ from sd_atoms.progress import followed
 Layers = Mapping[tuple[str, str], Change]  # (UNET or TEXT, module) -> what is added to it
 # stable-diffusion.cpp passes these over under diffusers' names
 ALIASED = ("conv_in", "conv_out")
-# by such a layer InvokeAI tells what base a file is for
-KNOWN_BY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class ReadBack:
     """
 
     errors: dict[str, float]
+
+    def total(self, layers: Layers) -> float:
+        """‖ΔW' − ΔW‖/‖ΔW‖ over all layers."""
+        sizes = {name: sum(energy(v) for v in change.values.values()) for (_, name), change in layers.items()}
+        lost = sum(sizes[name] * error**2 for name, error in self.errors.items())
+        return (lost / sum(sizes.values())) ** 0.5
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -67,9 +75,9 @@ def lora_parts(change: Change, rank: int | None = None) -> dict[str, torch.Tenso
     elif 0 < ranks <= min(o, columns):
         up, down, alpha = _joined(change.factors)
     elif o <= columns:
-        up, down, alpha = torch.eye(o), weight.flatten(1), o
+        up, down, alpha = torch.eye(o, device=weight.device), weight.flatten(1), o
     else:
-        up, down, alpha = weight.flatten(1), torch.eye(columns), columns
+        up, down, alpha = weight.flatten(1), torch.eye(columns, device=weight.device), columns
     return {
         "lora_up": up.reshape(o, -1, *taps),
         "lora_down": down.reshape(-1, *weight.shape[1:]),
@@ -98,19 +106,30 @@ def diff_parts(change: Change) -> dict[str, torch.Tensor]:
     }
 
 
-def file_bytes(layers: Layers, kind: str, dtype: torch.dtype, rank: int | None = None) -> int:
-    """How large a file of kind "lora" or "diff" is, its header aside."""
-    count = 0
-    for change in layers.values():
-        if kind == "diff":
-            count += sum(value.numel() for value in diff_parts(change).values())
-            continue
-        weight = change.values["weight"]
-        o, columns = len(weight), weight[0].numel()
-        ranks = sum(len(factors.down) for factors in change.factors)
-        full = ranks if 0 < ranks <= min(o, columns) else min(o, columns)
-        count += (full if rank is None else min(full, rank)) * (o + columns)
-    return count * dtype.itemsize
+def file_bytes(
+    layers: Layers, kind: str, dtype: torch.dtype, modules: Mapping[str, torch.Size], rank: int | None = None
+) -> int:
+    """How large a file of kind "lora" or "diff" becomes, but for the further entries of its header."""
+    shapes = ((key, _on_meta(change)) for key, change in layers.items())
+    tensors = _named_tensors(shapes, kind, modules, rank)
+    return tensors_bytes({key: value.shape for key, value in tensors.items()}, dtype)
+
+
+def tensors_bytes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
+    """How large a safetensors file of those tensors is, alphas being float32; to a few bytes a tensor."""
+    size, header = 0, {}
+    for key, shape in shapes.items():
+        start, width = size, 4 if key.endswith(".alpha") else dtype.itemsize
+        size += math.prod(shape) * width
+        header[key] = {"dtype": f"F{8 * width}", "shape": list(shape), "data_offsets": [start, size]}
+    return 8 + len(json.dumps(header, separators=(",", ":"))) + size
+
+
+def _on_meta(change: Change) -> Change:
+    """The shapes of a change."""
+    values = {name: value.to("meta") for name, value in change.values.items()}
+    factors = [own._replace(up=own.up.to("meta"), down=own.down.to("meta")) for own in change.factors]
+    return Change(values, factors, change.norm)
 
 
 def write_lora(
@@ -137,24 +156,49 @@ def write_lora(
         UserError: the place cannot be written to, a number is too large for the dtype, or what is read back is not
             what was written.
     """
-    made = {}
-    for key, change in followed(layers.items(), len(layers), f"making {path.name}", "layer"):
-        made[key] = lora_parts(change, rank) if kind == "lora" else diff_parts(change)
+    progress = followed(layers.items(), len(layers), f"making {path.name}", "layer")
+    tensors = _named_tensors(progress, kind, modules, rank)
+    write_tensors(path, {key: _rounded(path, key, value, dtype) for key, value in tensors.items()}, metadata)
+    return read_back(path, layers)
+
+
+def _named_tensors(
+    changes: Iterable[tuple[tuple[str, str], Change]],
+    kind: str,
+    modules: Mapping[str, torch.Size],
+    rank: int | None,
+) -> dict[str, torch.Tensor]:
+    """All that a file has: key -> numbers."""
+    made = {key: lora_parts(change, rank) if kind == "lora" else diff_parts(change) for key, change in changes}
     if kind == "lora":
         _share_alpha(made)
-    for key, parts in made.items():
-        made[key] = {part: _rounded(path, key[1], value, part, dtype) for part, value in parts.items()}
+    made = _known_by(made, modules, kind) | made
     tensors = {kohya_key(*key, part): value for key, own in made.items() for part, value in own.items()}
     for name in ALIASED:
         for part, value in made.get((UNET, name), {}).items():
-            alias = kohya_key(UNET, unet_to_ldm(name), part)
-            tensors[alias] = value.clone()
-    if (UNET, KNOWN_BY) not in layers and KNOWN_BY in modules:
-        o, i = modules[KNOWN_BY]
-        nothing = {"lora_up": torch.zeros(o, 1), "lora_down": torch.zeros(1, i), "alpha": torch.tensor(1.0)}
-        tensors |= {kohya_key(UNET, KNOWN_BY, part): value.to(dtype) for part, value in nothing.items()}
-    write_tensors(path, tensors, metadata)
-    return read_back(path, layers)
+            tensors[kohya_key(UNET, unet_to_ldm(name), part)] = value
+    return tensors
+
+
+def _known_by(made: Mapping[tuple[str, str], dict], modules: Mapping[str, torch.Size], kind: str) -> dict:
+    """The layers of zeros by which InvokeAI and diffusers know what the others are."""
+    shapes = {}
+    if (UNET, KNOWN_BY) not in made and KNOWN_BY in modules:
+        shapes[UNET, KNOWN_BY] = modules[KNOWN_BY]
+    lone = lacks_text_known_by(made) if kind == "lora" else None
+    if lone is not None:  # q, k, v and out are of one shape
+        parts = made[TEXT, lone]
+        shape = len(parts["lora_up"]), parts["lora_down"].shape[1]
+        shapes[TEXT, f"{lone.rpartition('self_attn.')[0]}{TEXT_KNOWN_BY}"] = shape
+    alphas = [float(parts["alpha"]) for parts in made.values() if "alpha" in parts]
+    return {
+        key: {
+            "lora_up": torch.zeros(o, 1),
+            "lora_down": torch.zeros(1, i),
+            "alpha": torch.tensor(alphas[0] if alphas else 1.0),
+        }
+        for key, (o, i) in shapes.items()
+    }
 
 
 def _share_alpha(made: Mapping[tuple[str, str], dict[str, torch.Tensor]]) -> None:
@@ -167,12 +211,12 @@ def _share_alpha(made: Mapping[tuple[str, str], dict[str, torch.Tensor]]) -> Non
             parts["alpha"] = torch.tensor(1.0)
 
 
-def _rounded(path: Path, layer: str, value: torch.Tensor, part: str, dtype: torch.dtype) -> torch.Tensor:
-    if part == "alpha":
-        return value
+def _rounded(path: Path, key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if key.endswith(".alpha"):
+        return value.clone()  # under two names it is there twice
     rounded = value.detach().to(dtype).contiguous()
     if not torch.isfinite(rounded).all():
-        raise UserError(f"{path}: the change of {layer} is too large for {dtype}; pass --dtype fp32 or bf16")
+        raise UserError(f"{path}: the change of {key} is too large for {dtype}; pass --dtype fp32 or bf16")
     return rounded.clone()
 
 

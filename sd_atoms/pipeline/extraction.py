@@ -40,20 +40,19 @@ def extract(pipe, layers: Layers, settings: Mapping[str, int], target: str, adap
         pipe: a plain pipeline, of the base that the change is of.
         layers: the change.
         settings: of the method atoms: m, m1, kc.
-        target: a named set of layers, or an expression.
+        target: a named set of layers, or an expression. Where none of them is changed there are no atoms.
         adapter_name: of the new adapter.
 
     Raises:
-        UserError: the settings do not go together, or no layer of the target is changed.
+        UserError: the settings do not go together.
     """
     unet, method = pipe.unet, get_method("atoms")
     changed = [name for (place, name), own in layers.items() if place == UNET and "weight" in own.values]
     if target in TARGET_SETS:
         changed = [name for name in named_targets(unet, target) if name in changed]
-        if not changed:
-            raise UserError(f"target={target!r}: the change has none of these layers")
         target = changed
-    add_adapter(unet, method.make_config(unet, dict(settings), target), adapter_name)
+    if target:
+        add_adapter(unet, method.make_config(unet, dict(settings), target), adapter_name)
     found = {}
     for name, layer in unet.named_modules():
         if not isinstance(layer, AtomsLayer):

@@ -1,8 +1,9 @@
 """Reads the adapters of other programs: files of kohya, LyCORIS, ComfyUI and diffusers, and words as embeddings."""
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,19 +11,34 @@ import torch
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json
-from sd_atoms.formats.keys import TEXT, UNET, WORD, is_sdxl, parse_keys
+from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, parse_keys
+from sd_atoms.formats.names import demangled
+from sd_atoms.formats.programs import is_known_by
 from sd_atoms.methods.adapters import one_line
 from sd_atoms.methods.imported import PREFIX, ImportedConfig, kind_of, weight_change
+from sd_atoms.tuner import AtomsConfig
 from sd_atoms.tuner.plan import matching
 
 ROW_KEYS = ("emb_params", "string_to_param.*")
 SHOWN = 3
+BARE = (
+    "weights of a PEFT folder without its adapter_config.json, so that alpha is not known: pass the folder, or write "
+    "them by pipe.save_lora_weights(..., unet_lora_adapter_metadata=...)"
+)
+OVERCOMPLETE = (
+    "overcomplete atoms for ComfyUI, one matrix B for each input channel, of which β and D1 are not known any more; "
+    "take the adapter that it was exported from"
+)
+_BARE_KEYS = re.compile(
+    r"(base_model\.model\.|down_blocks\.|mid_block\.|up_blocks\.|conv_in\.|conv_out\.|encoder\.layers\.)"
+    r".*(lora_|hada_|lokr_|oft_).*"
+)
 
 
 class Foreign(NamedTuple):
     """What a file of another program holds, as `Artefact` has it; left_over: keys that say nothing known."""
 
-    config: ImportedConfig | None
+    config: ImportedConfig | AtomsConfig | None
     state: dict[str, torch.Tensor]
     text_config: ImportedConfig | None
     text_state: dict[str, torch.Tensor]
@@ -35,32 +51,39 @@ def read_foreign(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
     Args:
         path: for messages, and for the word of a file that holds an embedding alone.
-        tensors: key -> numbers, float32.
+        tensors: key -> numbers, of any dtype.
         metadata: of the file's header.
 
     Raises:
-        UserError: it is made for SDXL, or the parts of a layer do not go together; one line.
+        UserError: it is made for SDXL, the parts of a layer do not go together, or a number is not finite; one line.
     """
     words = _embedding(path, tensors)
     if words is not None:
+        _check_finite(path, tensors)
         return Foreign(None, {}, None, {}, words, [])
+    if tensors and all(key.endswith(ATOMS_B) for key in tensors):
+        return _comfy_atoms(path, tensors)
     entries, left_over = parse_keys(tensors)
     if is_sdxl(tensors) or metadata.get("ss_base_model_version", "").startswith("sdxl"):
         raise UserError(f"{path}: made for SDXL; adapters of Stable Diffusion v1 and v2 are read")
     if not entries:
         return None
+    _check_finite(path, {key: tensors[key] for key in entries})
     layers, tokens = {UNET: defaultdict(dict), TEXT: defaultdict(dict)}, {}
+    first: dict[tuple[str, str], str] = {}  # the key that people know a layer by
     for key, (place, module, part) in entries.items():
         if place == WORD:
             tokens |= _rows(path, key, module, tensors[key])
         else:
             # under two names, as some programs need it, it is the same thing
+            first.setdefault((place, module), key)
             layers[place][module].setdefault(part, _shaped(path, key, part, tensors[key]))
     _add_alphas(path, layers, metadata)
+    _leave_out_zeros(layers)
     made = []
     for place in (UNET, TEXT):
         for module, parts in layers[place].items():
-            _check(path, place, module, parts)
+            _check(path, first[place, module], module, parts)
         shapes = {module: {part: list(v.shape) for part, v in own.items()} for module, own in layers[place].items()}
         state = {f"{module}.{PREFIX}{part}": v for module, own in layers[place].items() for part, v in own.items()}
         made += [ImportedConfig(parts=shapes, inference_mode=True) if shapes else None, state]
@@ -95,13 +118,52 @@ def _shaped(path: Path, key: str, part: str, value: torch.Tensor) -> torch.Tenso
     return value.flatten() if ".lora_magnitude_vector" in key else value
 
 
-def _check(path: Path, place: str, module: str, parts: Mapping[str, torch.Tensor]) -> None:
+def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} of its {len(tensors)} tensors hold numbers that are not finite "
+            f"({shortened(broken)})"
+        )
+
+
+def _leave_out_zeros(layers: Mapping[str, dict[str, dict[str, torch.Tensor]]]) -> None:
+    """Takes away layers of zeros that files have for InvokeAI and diffusers alone: no adapter of ours had them."""
+    count = sum(map(len, layers.values()))
+    for place, modules in layers.items():
+        for module in [module for module in modules if is_known_by(place, module)]:
+            if count > 1 and "lora_up" in modules[module] and not modules[module]["lora_up"].any():
+                del modules[module]
+                count -= 1
+
+
+def _comfy_atoms(path: Path, tensors: Mapping[str, torch.Tensor]) -> Foreign:
+    """Filter atoms as `export --to comfy` writes them: ΔF = F·B is that of the atoms D = I, changed by B."""
+    _check_finite(path, tensors)
+    state = {}
+    for key, b in tensors.items():
+        layer = demangled(key.removeprefix("lora_unet_").removesuffix(ATOMS_B))
+        if layer is None or b.dim() not in (2, 3) or b.shape[-1] != b.shape[-2] or not b.numel():
+            raise UserError(f"{path}: corrupt, {key} has shape {tuple(b.shape)}; (K, K) or (i, K, K) is allowed")
+        if b.dim() == 3:
+            raise UserError(f"{path}: {OVERCOMPLETE}")
+        state |= {f"{layer}.atoms_delta": b.float(), f"{layer}.atoms_initial": torch.eye(len(b))}
+    layers = [key.removesuffix(".atoms_delta") for key in state if key.endswith(".atoms_delta")]
+    most = max(len(b) for b in tensors.values())
+    return Foreign(AtomsConfig(m=most, target_modules=layers, inference_mode=True), state, None, {}, {}, [])
+
+
+def is_bare(keys: Iterable[str]) -> bool:
+    """Whether keys are those of PEFT, which say nothing of alpha and of the network."""
+    return any(_BARE_KEYS.fullmatch(key) for key in keys)
+
+
+def _check(path: Path, key: str, module: str, parts: Mapping[str, torch.Tensor]) -> None:
     try:
         kind_of(parts)
         weight_change({part: value.to("meta") for part, value in parts.items()})
     except (ValueError, RuntimeError, IndexError) as error:
-        where = module if place == UNET else f"text encoder, {module}"
-        raise UserError(f"{path}: corrupt, {where}: {one_line(error)}") from error
+        raise UserError(f"{path}: corrupt, {module} ({key}): {one_line(error)}") from error
 
 
 def _add_alphas(path: Path, layers: Mapping[str, dict], metadata: Mapping[str, str]) -> None:

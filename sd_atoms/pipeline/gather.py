@@ -20,22 +20,25 @@ from sd_atoms.pipeline.fingerprint import SAME_BASE
 
 # by the width of its text states, what kohya's headers call a base
 SD_NAMES = {768: "sd_v1", 1024: "sd_v2"}
+SD_CHANNELS = 320  # of their first convolution
 
 
 @dataclass
 class Contents:
     """What adapters come to together: layers by (part of the pipeline, name), B of atoms, tokens; `modules`: name ->
     shape of the weight of all of the UNet's;
-    twice: a token that two adapters have, with other rows."""
+    strengths: of the adapters; twice: a token that two of them have, with other rows; sd: what kohya's headers call
+    the base, None where they have no name for it."""
 
     layers: dict[tuple[str, str], Change] = field(default_factory=dict)
     mixed: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     modules: dict[str, torch.Size] = field(default_factory=dict)
-    checkpoint_numbers: int = 0
+    checkpoint_shapes: dict[str, torch.Size] = field(default_factory=dict)
+    strengths: tuple[float, ...] = ()
     twice: str | None = None
-    sd: str = "sd_v1"
+    sd: str | None = None
 
 
 def gather(
@@ -47,7 +50,7 @@ def gather(
         UserError: the base is another than an adapter's and that is not asked for, a method has no strength, or its
             changes do not add up with others'.
     """
-    contents = Contents()
+    contents = Contents(strengths=tuple(strengths))
     for number, (artefact, strength) in enumerate(zip(artefacts, strengths, strict=True)):
         method = all_methods().get(artefact.method)
         if len(artefacts) > 1 and method is not None and not method.linear:
@@ -80,10 +83,13 @@ def _describe(pipe, contents: Contents) -> None:
         name: module for name, module in pipe.unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
     }
     contents.modules = {name: module.weight.shape for name, module in modules.items()}
-    contents.checkpoint_numbers = sum(
-        parameter.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for parameter in part.parameters()
-    )
-    contents.sd = SD_NAMES.get(pipe.unet.config.cross_attention_dim, "sd_v1")
+    contents.checkpoint_shapes = {
+        f"{part}.{name}": parameter.shape
+        for part in ("unet", "vae", "text_encoder")
+        for name, parameter in getattr(pipe, part).named_parameters()
+    }
+    if pipe.unet.config.block_out_channels[0] == SD_CHANNELS:
+        contents.sd = SD_NAMES.get(pipe.unet.config.cross_attention_dim)
 
 
 def _refuse_other_base(artefact: Artefact, unet: nn.Module) -> None:
@@ -104,6 +110,8 @@ def refusal(kind: str, artefacts: Sequence[Artefact], contents: Contents) -> str
         return f"two of the adapters have a word {contents.twice}, and not the same"
     if kind == "words":
         return None if contents.tokens else "the adapter has no words of its own"
+    if not contents.layers and not any(contents.strengths):
+        return "at a strength of 0 nothing is changed"
     if not contents.layers:
         return "the adapter changes no weight" + (", it has words alone" if contents.tokens else "")
     if kind == "comfy":

@@ -89,15 +89,15 @@ def find_base(given: str | None, adapter: str, header: Header) -> str:
     if given is not None:
         return given
     if header.base is None:
-        raise UserError(f"pretrained_model_name_or_path is required: {adapter} does not name its base")
+        raise UserError(f"pretrained_model_name_or_path (--base) is required: {adapter} does not name its base")
     if packaged_path(header.base) or is_hub_id(header.base) or Path(header.base).expanduser().exists():
         return header.base
     base = _of_run(adapter).get("pretrained_model_name_or_path")
     if isinstance(base, str) and public_name(base) == header.base:
         return base
     raise UserError(
-        f"pretrained_model_name_or_path is required: {adapter} was trained on {header.base!r}, which is neither a hub "
-        "id nor a folder here"
+        f"pretrained_model_name_or_path (--base) is required: {adapter} was trained on {header.base!r}, "
+        "which is neither a hub id nor a folder here"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
@@ -14,20 +14,20 @@ from tqdm import tqdm
 from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_gain, relative_change, root_ratio
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
+from sd_atoms.methods.imported import ImportedConfig, kind_of
 from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_distance, base_weight
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.artefact import TEXT, Artefact
+from sd_atoms.pipeline.artefact import TEXT, UNET, Artefact
 from sd_atoms.pipeline.changes import weight_change
 from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
-from sd_atoms.pipeline.lora import LORA_PARTS
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
 from sd_atoms.tuner.shared import base_of
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
-TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta", *LORA_PARTS)
+TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta")
 # what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
 USUAL = dict(m=9, kc=4)
 # and the 3×3 convolutions by the settings of arXiv 2403.00269
@@ -110,7 +110,8 @@ def inspect_adapter(
 
     Returns:
         What the header says; `text_encoder`, which is the `kind`, `layers` and `trained_numbers` of its adapter, or
-        None; `relative_change` |ΔF|/|F| over all adapted layers of the UNet, `bias_change` |Δb|/|b| over all trained
+        None; `part`, what was measured: the UNet, or the text encoder where only that is adapted;
+        `relative_change` |ΔF|/|F| over all adapted layers of it, `bias_change` |Δb|/|b| over all trained
         biases or None; its `blocks`; its `layers` from input to output. Of a layer: `relative_change`, `energy` |ΔF|²
         and its `share` of all, `gain_zero` and `gain_pi` (see `frequency_gain`; None with one tap, or where the base
         has no response), `condition` (None unless one K×K matrix mixes the taps), the change |ΔD_m| of every atom
@@ -130,9 +131,11 @@ def inspect_adapter(
     base = find_base(base, adapter, parse_header(adapter, about))
     pipe = open_base(base, base_config=find_base_config(base_config, adapter, base))
     artefact = load_adapter(pipe, artefact)
-    if artefact.config is None:
-        raise UserError(f"{adapter}: it has tokens alone and changes no layer of the UNet")
-    modules = {name: layer for name, layer in tuner_layers(pipe.unet).items() if hasattr(base_of(layer), "weight")}
+    if artefact.config is None and artefact.text_config is None:
+        raise UserError(f"{adapter}: it has tokens alone and changes no layer")
+    part = UNET if artefact.config is not None else TEXT
+    network = tuner_layers(getattr(pipe, part))
+    modules = {name: layer for name, layer in network.items() if hasattr(base_of(layer), "weight")}
     modules = dict(sorted(modules.items(), key=lambda item: STAGES.get(item[0].split(".")[0], 0)))
     layers = [
         _measure(name, layer) for name, layer in tqdm(modules.items(), unit="layer", desc="measuring", disable=None)
@@ -148,21 +151,18 @@ def inspect_adapter(
         "distance_to_base": base_distance(artefact, pipe.unet),
         "about": {key: about[key] for key in ("base", "instance_prompt", "resolution", "training") if key in about},
         "tokens": {token: about.get("tokens", {}).get(token) for token in artefact.tokens},
+        "part": part,
         "method": artefact.method,
-        "config": {key: getattr(artefact.config, key) for key in CONFIG_KEYS}
-        if artefact.is_atoms
-        else plain_settings(artefact.config),
+        "config": _settings(artefact.config),
         "mode": _mode(artefact.config, artefact.state) if artefact.is_atoms else artefact.method,
-        "trained_numbers": _trained(artefact.state)
-        if artefact.is_atoms
-        else sum(v.numel() for v in artefact.state.values()),
+        "trained_numbers": _trained(artefact.config, artefact.state),
         "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
         "text_encoder": None
         if artefact.text_config is None
         else {
             "kind": _mode(artefact.text_config, artefact.text_state),
             "layers": len(artefact.text_layers),
-            "trained_numbers": _trained(artefact.text_state),
+            "trained_numbers": _trained(artefact.text_config, artefact.text_state),
         },
         "relative_change": _relative(layers),
         "bias_change": _bias_change(modules.values()),
@@ -257,13 +257,25 @@ def _block(name: str) -> str:
     return f"{first}.{rest[0]}" if first.endswith("_blocks") and rest else first
 
 
-def _trained(state: Mapping[str, torch.Tensor]) -> int:
-    """How many trained numbers there are among the tensors of an adapter."""
-    return sum(value.numel() for key, value in state.items() if key.endswith(TRAINED_PARTS))
+def _settings(config: PeftConfig | None) -> dict[str, Any] | None:
+    if isinstance(config, AtomsConfig):
+        return {key: getattr(config, key) for key in CONFIG_KEYS}
+    return None if config is None else plain_settings(config)
 
 
-def _mode(config: AtomsConfig | LoraConfig, state: Mapping[str, torch.Tensor]) -> str:
-    """What the atoms of an adapter are, or its LoRA, in a few words."""
+def _trained(config: PeftConfig | None, state: Mapping[str, torch.Tensor]) -> int:
+    """How many trained numbers there are among the tensors of an adapter; atoms come with those they started from."""
+    counted = (key for key in state if not isinstance(config, AtomsConfig) or key.endswith(TRAINED_PARTS))
+    return sum(state[key].numel() for key in counted)
+
+
+def _mode(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:
+    """What an adapter of any tuner is, in a few words."""
+    if isinstance(config, ImportedConfig):
+        kinds = sorted({kind_of(parts) or "bias" for parts in config.parts.values()})
+        return f"imported {' and '.join(kinds)}"
+    if not isinstance(config, (AtomsConfig, LoraConfig)):
+        return str(getattr(config.peft_type, "value", config.peft_type)).lower()
     if isinstance(config, LoraConfig):
         ranks = sorted({value.shape[0] for key, value in state.items() if "lora_A" in key})
         return f"LoRA r={', '.join(map(str, ranks))}"

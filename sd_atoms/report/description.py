@@ -10,7 +10,8 @@ def description_text(found: Mapping[str, Any]) -> str:
     lines = {
         "file": f"{found['file']}, {found['bytes']:,} bytes, {found['tensors']} tensors ({dtypes})",
         "kind": found["kind"],
-        "base": found["base"] or "not told",
+        "base": found["base"] or "unknown",
+        "damaged": found.get("damage"),
     }
     for place, counts in found.get("layers", {}).items():
         lines[place] = ", ".join(f"{count} {kind}" for kind, count in counts.items())

@@ -6,6 +6,7 @@ from typing import Any
 from sd_atoms.report.table import text_table
 
 MOVED_SHOWN = 3
+PART_NAMES = {"unet": "UNet", "text_encoder": "text encoder"}
 
 
 def architecture_text(result: Mapping[str, Any]) -> str:
@@ -79,7 +80,7 @@ def adapter_text(result: Mapping[str, Any], top: int = 0) -> str:
             title,
             text_table(header, rows, left=(0, 1, 7)),
             "",
-            "Blocks of the UNet",
+            f"Blocks of the {PART_NAMES[result['part']]}",
             text_table(["block", "layers", "|ΔF|/|F|", "energy"], blocks),
             "",
             "energy: share of |ΔF|² over all layers. gain: response of the adapted filters over the base's, to a",
@@ -106,6 +107,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     if result["token_numbers"]:
         trained += f" and {result['token_numbers']:,} of tokens"
     text = result["text_encoder"]
+    layers = f"{len(result['layers'])} layers, " if result["part"] == "unet" else "no layer of the UNet, "
     if text:
         text = f"{text['kind']}: {text['layers']} layers of the text encoder, {text['trained_numbers']:,} numbers"
     size = "" if result["bytes"] is None else f", {result['bytes'] / 1000:.1f} kB"
@@ -120,7 +122,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     if result["bias_change"] is not None:
         change += f", |Δb|/|b| = {result['bias_change']:.2%} over the trained biases"
     facts = {
-        "adapter": f"{result['adapter']}: {len(result['layers'])} layers, {trained}{size}",
+        "adapter": f"{result['adapter']}: {layers}{trained}{size}",
         "base": base,
         "tokens": tokens or "none",
         "prompt": about.get("instance_prompt") or "not recorded",

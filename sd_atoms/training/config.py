@@ -38,6 +38,7 @@ class BaseSettings:
         MODEL,
         "the base: pocket, a folder, one .safetensors file, or a hub id such as CompVis/stable-diffusion-v1-4",
         required=True,
+        aliases=["base"],
     )
     base_config: str | None = setting(
         None, MODEL, "of a base in one file: a folder or hub id with the configs and tokenizer of its kind"

@@ -86,7 +86,7 @@ def test_a_prompt_of_two_lines_counts_once(pipe, tmp_path):
             "clip_model_name_or_path: './none'",
         ),
         (dict(pretrained_model_name_or_path="./none"), "pretrained_model_name_or_path: './none'"),
-        (dict(), "pretrained_model_name_or_path is required: "),
+        (dict(), "pretrained_model_name_or_path (--base) is required: "),
         (dict(prompts=None), "prompts is required"),
     ],
     ids=str,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapters import TOKEN, write_adapter
 from diffusers import StableDiffusionPipeline
+from files import TEXT, kohya_file, lora
 from helpers import tiny_base
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -215,7 +216,7 @@ def test_a_lossy_rank_says_what_it_loses(files, tmp_path, capsys):
     file = files("atoms")
     assert export(file, "--to", "lora", "--lossy_rank", "2", "--dtype", "fp32", "--out", tmp_path, "--name", "x") == 0
     said = capsys.readouterr().out
-    pipe, ours = adapted(tmp_path / "x-lora.safetensors"), adapted(file)
+    pipe, ours, changes = adapted(tmp_path / "x-lora.safetensors"), adapted(file), []
     for name in read_artefact(file).layers:
         change = ours.unet.get_submodule(name).get_delta_weight("default")
         values = torch.linalg.svdvals(change.flatten(1))
@@ -223,6 +224,11 @@ def test_a_lossy_rank_says_what_it_loses(files, tmp_path, capsys):
         found = pipe.unet.get_submodule(name).get_delta_weight("default")
         assert float((found - change).norm() / change.norm()) == pytest.approx(lost, abs=1e-4)
         assert f"  {name}: {lost:.1%} of its change lost" in said
+        changes.append((change, found))
+    lost, whole = (
+        sum(float(d.square().sum()) for d in own) for own in zip(*((f - c, c) for c, f in changes), strict=True)
+    )
+    assert f"  in all: {(lost / whole) ** 0.5:.1%} of the change lost" in said
 
 
 @pytest.mark.parametrize("settings", [{}, {"m1": 3}])
@@ -289,6 +295,8 @@ def test_nothing_is_overwritten(files, tmp_path, capsys):
         (("--to", "lora,ckpt"), "--to lora,ckpt: 'ckpt' is not one of comfy"),
         (("--to", "diff", "--lossy_rank", "2"), "--lossy_rank is only for --to lora"),
         (("--strength", "a"), "--strength a: numbers"),
+        (("--strength", "nan"), "--strength nan: finite numbers"),
+        (("--strength", "inf"), "--strength inf: finite numbers"),
         (("--strength", "1,2"), "--strength 1,2: 2 for 1 adapters"),
     ],
 )
@@ -298,3 +306,63 @@ def test_mistakes_are_one_line(files, tmp_path, capsys, words, message):
     assert said.startswith(f"error: {message}")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_text_encoder_in_plain_diffusers(tmp_path):
+    pipe = open_base(tiny_base())
+    attention = "encoder.layers.0.self_attn"
+    for names in (
+        [f"{attention}.q_proj"],
+        [f"{attention}.v_proj", TEXT],
+        [f"{attention}.q_proj", f"{attention}.out_proj"],
+    ):
+        made = {name: lora(pipe.text_encoder.get_submodule(name).weight.detach(), alpha=4.0) for name in names}
+        source = kohya_file(tmp_path / "a.safetensors", {}, {name: parts for name, (parts, _) in made.items()})
+        to = ("--to", "lora", "--dtype", "fp32", "--out", tmp_path, "--name", "x", "--overwrite")
+        assert export(source, "--base", tiny_base(), *to) == 0
+        plain = StableDiffusionPipeline.from_pretrained(tiny_base(), safety_checker=None)
+        before = {name: plain.text_encoder.get_submodule(name).weight.detach().clone() for name in names}
+        plain.load_lora_weights(str(tmp_path), weight_name="x-lora.safetensors")
+        plain.fuse_lora(components=["text_encoder"])
+        for name, (_, change) in made.items():
+            found = plain.text_encoder.get_submodule(name).weight.detach() - before[name]
+            assert torch.allclose(found.double(), change, atol=1e-5), name
+        assert read_artefact(tmp_path / "x-lora.safetensors").text_layers == sorted(names)
+
+
+@pytest.mark.parametrize("method", ["atoms", "lora", "bitfit"])
+def test_sizes_that_are_told_are_those_of_the_files(files, tmp_path, method, capsys):
+    assert export(files(method)) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:7]]
+    told = {row[0]: float(row[1]) * {"bytes": 1, "KB": 1e3, "MB": 1e6}[row[2]] for row in rows if row[1] != "-"}
+    assert export(files(method), "--to", ",".join(told), "--out", tmp_path, "--name", "x") == 0
+    for kind, size in told.items():
+        names = "castle-atoms.*" if kind == "words" else f"x-{kind}*"
+        written = [path for path in tmp_path.glob(names) if path.is_file()]
+        written += (tmp_path / "x-checkpoint").rglob("*.safetensors") if kind == "checkpoint" else []
+        written += [tmp_path / "comfyui_sd_atoms.py"] if kind == "comfy" else []
+        found = sum(path.stat().st_size for path in written)
+        allowed = 0.05 * found + 400 + (60_000 if kind == "checkpoint" else 0)  # the header's own entries
+        assert abs(found - size) <= allowed, (kind, found, size)
+
+
+def test_names_strengths_and_words_are_told(files, tmp_path, capsys):
+    one, two = files("atoms"), files("lora")
+    both = f"{one},{two}"
+    assert export(both, "--to", "diff", "--out", tmp_path, "--name", "a b") == 0
+    said = capsys.readouterr().out
+    assert "the files are called a_b, since 'a b'" in said
+    assert f"{TOKEN}: words are in none of these files; --to words writes them" in said
+    assert export(both, "--to", "diff", "--out", tmp_path) == 0
+    assert (tmp_path / "atoms+lora-diff.safetensors").exists()
+    assert export(f"{one},{one}", "--to", "diff", "--out", tmp_path) == 2
+    assert f"{one}: the same adapter as {one}; name it once" in capsys.readouterr().err
+    assert export(one, "--strength", "0", "--to", "diff", "--out", tmp_path) == 2
+    assert "--to diff: at a strength of 0 nothing is changed" in capsys.readouterr().err
+    assert export(one, "--to", "checkpoint", "--out", tmp_path, "--name", "x") == 0
+    said = capsys.readouterr().out
+    assert f"the same for diffusers, with {TOKEN} in the tokenizer" in said
+    assert f"{TOKEN}: words are in none of these files (but for the folder); --to words" in said
+    silent = write_adapter(tmp_path / "silent.safetensors", tiny_base(), "atoms", tokens=())
+    assert export(silent, "--to", "checkpoint", "--out", tmp_path, "--name", "y") == 0
+    assert "tokenizer" not in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_a_lora_is_told_to_lie_outside(tmp_path, capsys):
     assert f"in layers with atoms: {share:.1%} of the change\n" in said.out
     assert f"outside of them: {1 - share:.1%} in attention\n" in said.out
     assert f"explained in all: {share * explained:.1%}\n" in said.out
-    assert "less than floor=0.5" in said.err
+    assert "less than --floor 0.5" in said.err
     assert not out.exists()
     assert run(file, "--base", tiny_base(), "--out", out, "--force") == 0
     assert read_artefact(out).layers == [CONV]
@@ -112,3 +112,16 @@ def test_a_fine_tuned_model_and_its_pictures(tmp_path, capsys):
     assert "changes nothing" in capsys.readouterr().err
     assert run("pocket", "--base", tiny_base(), "--out", tmp_path / "none.safetensors") == 2
     assert "another architecture" in capsys.readouterr().err
+
+
+def test_a_change_outside_of_the_target_is_reported(tmp_path, capsys):
+    parts, _ = lora(open_base(tiny_base()).unet.get_submodule(LINEAR).weight.detach())
+    file, out = kohya_file(tmp_path / "a.safetensors", {LINEAR: parts}), tmp_path / "found.safetensors"
+    for more in ((), ("--force",), ("--floor", "0")):
+        assert run(file, "--base", tiny_base(), "--out", out, *more) == 2
+        said = capsys.readouterr()
+        assert "in layers with atoms: 0.0% of the change\noutside of them: 100.0% in attention\n" in said.out
+        assert "atoms explain 0.0% of its change, which is outside of conv3x3; --target conv+linear --kc 4" in said.err
+        assert not out.exists()
+    assert run(file, "--base", tiny_base(), "--out", out, "--target", "conv+linear", "--kc", "4", "--force") == 0
+    assert read_artefact(out).layers == [LINEAR]

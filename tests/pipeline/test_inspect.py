@@ -353,7 +353,7 @@ def test_a_broken_or_homeless_adapter_is_one_line(pipe, tmp_path, capsys):
     artefact.state["conv_out.atoms_delta"][0, 0] = math.nan
     broken = str(write_artefact(artefact, tmp_path / "broken.safetensors"))
     for words, message in (
-        ([homeless], "pretrained_model_name_or_path is required"),
+        ([homeless], "pretrained_model_name_or_path (--base) is required"),
         ([strange], "its header says nothing sensible about base"),
         (
             [homeless, "--base", "./nowhere"],
