@@ -93,18 +93,18 @@ def run(settings: Settings) -> None:
             raise UserError(f"--to {kind}: {refused[kind]}")
     if "words" in kinds:
         _refuse_existing([_word_path(out, token) for token in _words(contents.tokens)], settings.overwrite)
-    if not kinds:
-        print(_overview(contents, refused, DTYPES[settings.dtype]))
-        return
-    dtype, told = DTYPES[settings.dtype], []
     header = {"ss_network_module": "networks.lora", "ss_output_name": name}
     header |= {"ss_base_model_version": contents.sd} if contents.sd else {}
     header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
+    if not kinds:
+        print(_overview(contents, refused, DTYPES[settings.dtype], header))
+        return
+    dtype, told = DTYPES[settings.dtype], []
     for kind in kinds:
         if kind in ("lora", "diff"):
             (path,) = paths[kind]
             rank = settings.lossy_rank if kind == "lora" else None
-            size = file_bytes(contents.layers, kind, dtype, contents.modules, rank)
+            size = file_bytes(contents.layers, kind, dtype, contents.modules, header, rank)
             print(f"{path}: {_size(size)} …", flush=True)
             found = write_lora(path, contents.layers, kind, dtype, contents.modules, header, rank)
             told += [_written(path, found, "lossy" if rank else None)]
@@ -172,7 +172,7 @@ def _files(kind: str, name: str) -> list[str]:
     }[kind]
 
 
-def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -> str:
+def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype, header: dict[str, str]) -> str:
     biases = any("bias" in change.values and not change.norm for change in contents.layers.values())
     rounding, whole = f"rounded to {_short(dtype)}", tensors_bytes(contents.checkpoint_shapes, dtype)
     words = sum(
@@ -180,7 +180,7 @@ def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -
         for rows in _words(contents.tokens).values()
     )
     about = {
-        "comfy": (_comfy_bytes(contents), "exact", "ComfyUI, with the node that comes with it"),
+        "comfy": (_comfy_bytes(contents, header), "exact", "ComfyUI, with the node that comes with it"),
         "checkpoint": (2 * whole, f"the sum {rounding}", f"{PROGRAMS}, diffusers"),
         "lora": (None, rounding, f"{PROGRAMS}, diffusers"),
         "diff": (None, rounding, "ComfyUI, stable-diffusion.cpp" if biases else PROGRAMS),
@@ -191,7 +191,7 @@ def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -
         if kind in refused:
             rows.append([kind, "-", "-", refused[kind]])
             continue
-        size = file_bytes(contents.layers, kind, dtype, contents.modules) if size is None else size
+        size = file_bytes(contents.layers, kind, dtype, contents.modules, header) if size is None else size
         rows.append([kind, _size(size), exact, programs])
     best = next((kind for kind in ("comfy", "checkpoint", "words") if kind not in refused), None)
     more = ",words" if contents.tokens and best != "words" else ""
@@ -201,9 +201,9 @@ def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype) -
     )
 
 
-def _comfy_bytes(contents: Contents) -> int:
+def _comfy_bytes(contents: Contents, header: dict[str, str]) -> int:
     shapes = {kohya_key(UNET, name, "atoms_b"): b.shape for name, b in contents.mixed.items()}
-    return tensors_bytes(shapes, torch.float32) + NODE.stat().st_size
+    return tensors_bytes(shapes, torch.float32, header) + NODE.stat().st_size
 
 
 def _refuse_existing(paths: list[Path], overwrite: bool) -> None:

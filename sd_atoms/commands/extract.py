@@ -28,6 +28,7 @@ from sd_atoms.training.adapter import open_adapter
 
 WHAT, ATOMS, RESULT = "what to extract from", "atoms", "result"
 SHOWN = 12
+WITHOUT_ATOMS = {"text encoder", "norm layers", "biases"}
 SEEDS = (0, 1)
 
 
@@ -106,9 +107,12 @@ def run(settings: Settings) -> Path:
         told += (
             f", less than --floor {settings.floor:g}" if found.layers else f", which is outside of {settings.target}"
         )
-        wider = "" if settings.kc else "--target conv+linear --kc 4 covers attention and 1×1 convolutions too; "
-        forced = "; --force writes it all the same" if found.layers else ""
-        raise UserError(f"{told}; {wider}other --target, --kc or --m1 may take more of it{forced}")
+        hints = [] if settings.kc else ["--target conv+linear --kc 4 covers attention and 1×1 convolutions too"]
+        hints += ["other --target, --kc or --m1 may take more of it"]
+        if not found.layers and found.outside.keys() <= WITHOUT_ATOMS:
+            hints = ["only convolutions and Linear layers of the UNet can have atoms here"]
+        hints += ["--force writes it all the same"] if found.layers else []
+        raise UserError("; ".join([told, *hints]))
     tokens = {} if artefact is None else artefact.tokens
     about = Header(
         base=base, tokens=header.tokens, instance_prompt=header.instance_prompt, sampling=header.sampling

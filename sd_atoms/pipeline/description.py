@@ -130,7 +130,10 @@ def _base_of_adapter(entries, shapes, metadata) -> tuple[str | None, bool]:
         for key, entry in entries.items()
         if entry.place == TEXT and entry.part == "lora_down" and entry.module.endswith(TEXT_INPUTS)
     )
-    told = " or ".join(fitting) or WIDTHS.get(next(text, None))
+    width = next(text, None)
+    if not parts and width is not None and width not in WIDTHS:
+        return None, True
+    told = " or ".join(fitting) or WIDTHS.get(width)
     return _named_base(metadata) or told, False
 
 

@@ -107,22 +107,30 @@ def diff_parts(change: Change) -> dict[str, torch.Tensor]:
 
 
 def file_bytes(
-    layers: Layers, kind: str, dtype: torch.dtype, modules: Mapping[str, torch.Size], rank: int | None = None
+    layers: Layers,
+    kind: str,
+    dtype: torch.dtype,
+    modules: Mapping[str, torch.Size],
+    metadata: Mapping[str, str],
+    rank: int | None = None,
 ) -> int:
-    """How large a file of kind "lora" or "diff" becomes, but for the further entries of its header."""
+    """How large a file becomes that `write_lora` makes of the same."""
     shapes = ((key, _on_meta(change)) for key, change in layers.items())
     tensors = _named_tensors(shapes, kind, modules, rank)
-    return tensors_bytes({key: value.shape for key, value in tensors.items()}, dtype)
+    return tensors_bytes({key: value.shape for key, value in tensors.items()}, dtype, metadata)
 
 
-def tensors_bytes(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    """How large a safetensors file of those tensors is, alphas being float32; to a few bytes a tensor."""
-    size, header = 0, {}
+def tensors_bytes(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> int:
+    """How large a safetensors file of those tensors is, alphas being float32."""
+    size, header = 0, {"__metadata__": {"format": "pt", **(metadata or {})}}
     for key, shape in shapes.items():
         start, width = size, 4 if key.endswith(".alpha") else dtype.itemsize
         size += math.prod(shape) * width
         header[key] = {"dtype": f"F{8 * width}", "shape": list(shape), "data_offsets": [start, size]}
-    return 8 + len(json.dumps(header, separators=(",", ":"))) + size
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + size
 
 
 def _on_meta(change: Change) -> Change:

@@ -107,7 +107,10 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     if result["token_numbers"]:
         trained += f" and {result['token_numbers']:,} of tokens"
     text = result["text_encoder"]
-    layers = f"{len(result['layers'])} layers, " if result["part"] == "unet" else "no layer of the UNet, "
+    if result["part"] == "unet":
+        trained = f"{len(result['layers'])} layers, {trained}"
+    else:
+        trained = "no layer of the UNet"
     if text:
         text = f"{text['kind']}: {text['layers']} layers of the text encoder, {text['trained_numbers']:,} numbers"
     size = "" if result["bytes"] is None else f", {result['bytes'] / 1000:.1f} kB"
@@ -122,7 +125,7 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
     if result["bias_change"] is not None:
         change += f", |Δb|/|b| = {result['bias_change']:.2%} over the trained biases"
     facts = {
-        "adapter": f"{result['adapter']}: {layers}{trained}{size}",
+        "adapter": f"{result['adapter']}: {trained}{size}",
         "base": base,
         "tokens": tokens or "none",
         "prompt": about.get("instance_prompt") or "not recorded",

@@ -342,8 +342,8 @@ def test_sizes_that_are_told_are_those_of_the_files(files, tmp_path, method, cap
         written += (tmp_path / "x-checkpoint").rglob("*.safetensors") if kind == "checkpoint" else []
         written += [tmp_path / "comfyui_sd_atoms.py"] if kind == "comfy" else []
         found = sum(path.stat().st_size for path in written)
-        allowed = 0.05 * found + 400 + (60_000 if kind == "checkpoint" else 0)  # the header's own entries
-        assert abs(found - size) <= allowed, (kind, found, size)
+        # three digits are told; a checkpoint of so few numbers is names for a good part, and a file has longer ones
+        assert abs(found - size) <= (0.2 if kind == "checkpoint" else 0.006) * found, (kind, found, size)
 
 
 def test_names_strengths_and_words_are_told(files, tmp_path, capsys):

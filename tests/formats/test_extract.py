@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapters import write_adapter
-from files import CONV, LINEAR, kohya_file, lora
+from files import CONV, LINEAR, TEXT, kohya_file, lora
 from helpers import tiny_base
 from PIL import Image
 
@@ -123,5 +123,10 @@ def test_a_change_outside_of_the_target_is_reported(tmp_path, capsys):
         assert "in layers with atoms: 0.0% of the change\noutside of them: 100.0% in attention\n" in said.out
         assert "atoms explain 0.0% of its change, which is outside of conv3x3; --target conv+linear --kc 4" in said.err
         assert not out.exists()
+    text = lora(open_base(tiny_base()).text_encoder.get_submodule(TEXT).weight.detach())[0]
+    assert run(kohya_file(tmp_path / "b.safetensors", {}, {TEXT: text}), "--base", tiny_base(), "--out", out) == 2
+    said = capsys.readouterr()
+    assert "outside of them: 100.0% in text encoder\n" in said.out
+    assert "only convolutions and Linear layers of the UNet" in said.err
     assert run(file, "--base", tiny_base(), "--out", out, "--target", "conv+linear", "--kc", "4", "--force") == 0
     assert read_artefact(out).layers == [LINEAR]

@@ -272,6 +272,9 @@ def test_the_base_is_told_by_shapes(tmp_path):
     other = described(tmp_path, {CONV: lora(torch.zeros(8, 8, 3, 3))[0]}, metadata={"ss_base_model_version": "sd_v1"})
     assert other["base"] is None
     assert "these shapes" in other["programs"]["A1111"]
+    for width, base in ((768, "Stable Diffusion v1"), (16, None)):
+        text = described(tmp_path, {}, {TEXT: lora(torch.zeros(4 * width, width))[0]})
+        assert (text["base"], text["programs"]["Forge"] is None) == (base, base is not None)
     for width, base in ((768, "Stable Diffusion v1"), (32, None)):
         save_file({"emb_params": draw(2, width)}, tmp_path / "w.safetensors")
         word = describe_file(tmp_path / "w.safetensors")
