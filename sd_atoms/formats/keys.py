@@ -68,7 +68,7 @@ def parse_key(key: str) -> Entry | None:
     old = _PROCESSOR.fullmatch(key)
     if old:
         key = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}.lora.{old[3]}.weight"
-    end = next((end for end in _BY_LENGTH if key.endswith(f".{end}")), None)
+    end = _end(key)
     if end is None:
         return None
     name = key[: -len(end) - 1]
@@ -82,6 +82,15 @@ def parse_key(key: str) -> Entry | None:
 
 
 _BY_LENGTH = sorted(_ENDS, key=len, reverse=True)
+
+
+def layer_name(key: str) -> str:
+    """A key without its part: how the file itself calls the layer."""
+    return key[: -len(end) - 1] if (end := _end(key)) else key
+
+
+def _end(key: str) -> str | None:
+    return next((end for end in _BY_LENGTH if key.endswith(f".{end}")), None)
 
 
 def _entry(place: str, module: str | None, part: str) -> Entry | None:

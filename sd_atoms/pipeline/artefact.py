@@ -69,7 +69,8 @@ class Artefact:
     atoms_block_delta, atoms_block_initial.
     tokens: placeholder -> embedding row (d,). about: the rest of the header; empty for a file of plain PEFT.
     text_config, text_state: the same of the text encoder's adapter, if there is one. source: where it was read, for
-    messages. size_bytes: of the files it was read from. left_over: keys of another program's file that say nothing.
+    messages. size_bytes: of the files it was read from. left_over: keys of another program's file that say
+    nothing; names: (UNET or TEXT, layer) -> how that file calls the layer.
     """
 
     config: PeftConfig | None
@@ -81,6 +82,7 @@ class Artefact:
     source: str = "adapter"
     size_bytes: int | None = None
     left_over: tuple[str, ...] = ()
+    names: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line, without the numbers."""
@@ -237,7 +239,7 @@ def _read_file(path: Path) -> Artefact:
             about["tokens"] = dict.fromkeys(made.tokens, "")
             return Artefact(
                 made.config, made.state, made.tokens, about, made.text_config, made.text_state,
-                left_over=tuple(made.left_over),
+                left_over=tuple(made.left_over), names=dict(made.names),
             )  # fmt: skip
         hint = (
             "; a checkpoint of a run is taken by `sd-atoms generate`, drift, inspect and share"

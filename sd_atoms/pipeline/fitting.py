@@ -13,7 +13,7 @@ from torch import nn
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods.imported import PREFIX, ImportedConfig, check_fit
 from sd_atoms.methods.method import adapter_shapes
-from sd_atoms.pipeline.artefact import Artefact, by_layer, layer_and_part
+from sd_atoms.pipeline.artefact import TEXT, UNET, Artefact, by_layer, layer_and_part
 from sd_atoms.pipeline.fingerprint import from_text, to_text
 from sd_atoms.pipeline.foreign import shortened
 from sd_atoms.tuner import AtomsConfig, layer_plan
@@ -75,14 +75,14 @@ def fitting(artefact: Artefact, unet: nn.Module | None, text_encoder: nn.Module 
 def _fitting_import(artefact: Artefact, unet, text_encoder) -> tuple[Artefact, str | None]:
     """What another program made, without the layers that do not fit, and a note about these."""
     parts = {
-        "": (artefact.config, artefact.state, unet),
-        "text encoder: ": (artefact.text_config, artefact.text_state, text_encoder),
+        UNET: (artefact.config, artefact.state, unet),
+        TEXT: (artefact.text_config, artefact.text_state, text_encoder),
     }
     made, reasons, count = [], [], 0
     for place, (config, state, model) in parts.items():
         out = dict(_misfits(config, model))
         count += 0 if config is None else len(config.parts)
-        reasons += [f"{place}{layer} {why}" for layer, why in out.items()]
+        reasons += [f"{artefact.names.get((place, layer), layer)} {why}" for layer, why in out.items()]
         if out:
             kept = {name: own for name, own in config.parts.items() if name not in out}
             config = ImportedConfig(parts=kept, inference_mode=True) if kept else None

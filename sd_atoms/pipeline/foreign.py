@@ -5,13 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json
-from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, parse_keys
+from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, layer_name, parse_keys
 from sd_atoms.formats.names import demangled
 from sd_atoms.formats.programs import is_known_by
 from sd_atoms.methods.adapters import one_line
@@ -36,7 +37,10 @@ _BARE_KEYS = re.compile(
 
 
 class Foreign(NamedTuple):
-    """What a file of another program holds, as `Artefact` has it; left_over: keys that say nothing known."""
+    """What a file of another program holds, as `Artefact` has it.
+
+    left_over: keys that say nothing known. names: (place, module) -> how the file calls the layer.
+    """
 
     config: ImportedConfig | AtomsConfig | None
     state: dict[str, torch.Tensor]
@@ -44,6 +48,7 @@ class Foreign(NamedTuple):
     text_state: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
     left_over: list[str]
+    names: Mapping[tuple[str, str], str] = MappingProxyType({})
 
 
 def read_foreign(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Foreign | None:
@@ -70,24 +75,24 @@ def read_foreign(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         return None
     _check_finite(path, {key: tensors[key] for key in entries})
     layers, tokens = {UNET: defaultdict(dict), TEXT: defaultdict(dict)}, {}
-    first: dict[tuple[str, str], str] = {}  # the key that people know a layer by
+    names: dict[tuple[str, str], str] = {}
     for key, (place, module, part) in entries.items():
         if place == WORD:
             tokens |= _rows(path, key, module, tensors[key])
         else:
             # under two names, as some programs need it, it is the same thing
-            first.setdefault((place, module), key)
+            names.setdefault((place, module), layer_name(key))
             layers[place][module].setdefault(part, _shaped(path, key, part, tensors[key]))
     _add_alphas(path, layers, metadata)
     _leave_out_zeros(layers)
     made = []
     for place in (UNET, TEXT):
         for module, parts in layers[place].items():
-            _check(path, first[place, module], module, parts)
+            _check(path, names[place, module], parts)
         shapes = {module: {part: list(v.shape) for part, v in own.items()} for module, own in layers[place].items()}
         state = {f"{module}.{PREFIX}{part}": v for module, own in layers[place].items() for part, v in own.items()}
         made += [ImportedConfig(parts=shapes, inference_mode=True) if shapes else None, state]
-    return Foreign(*made, tokens, left_over)
+    return Foreign(*made, tokens, left_over, names)
 
 
 def _embedding(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
@@ -158,12 +163,12 @@ def is_bare(keys: Iterable[str]) -> bool:
     return any(_BARE_KEYS.fullmatch(key) for key in keys)
 
 
-def _check(path: Path, key: str, module: str, parts: Mapping[str, torch.Tensor]) -> None:
+def _check(path: Path, name: str, parts: Mapping[str, torch.Tensor]) -> None:
     try:
         kind_of(parts)
         weight_change({part: value.to("meta") for part, value in parts.items()})
     except (ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{path}: corrupt, {module} ({key}): {one_line(error)}") from error
+        raise UserError(f"{path}: corrupt, {name}: {one_line(error)}") from error
 
 
 def _add_alphas(path: Path, layers: Mapping[str, dict], metadata: Mapping[str, str]) -> None:

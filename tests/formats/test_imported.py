@@ -138,14 +138,14 @@ def test_what_does_not_fit_is_left_out_and_named(pipe, tmp_path):
         sd_atoms.load_adapter(pipe, file)
     text = str(noted[0].message)
     assert "1 of its keys say nothing known (what.is.this)" in text
-    assert "2 of its 3 layers do not fit this base (conv_in changes a weight (8, 9, 3, 3)" in text
-    assert "down_blocks.3.resnets.0.conv1 is not there" in text
+    assert "2 of its 3 layers do not fit this base (lora_unet_conv_in changes a weight (8, 9, 3, 3)" in text
+    assert "lora_unet_down_blocks_3_resnets_0_conv1 is not there" in text
     assert torch.allclose(pipe.unet.get_submodule(LINEAR).get_delta_weight("default").double(), change, atol=1e-6)
 
 
 BROKEN = {
     "lacks a part": ({LINEAR: {"lora_up.weight": draw(8, 2)}}, "lacks lora_down"),
-    "ranks": ({LINEAR: {"lora_up.weight": draw(8, 2), "lora_down.weight": draw(3, 8)}}, "corrupt, down_blocks.0"),
+    "ranks": ({LINEAR: {"lora_up.weight": draw(8, 2), "lora_down.weight": draw(3, 8)}}, "corrupt, lora_unet_down"),
     "alpha": ({LINEAR: {"alpha": draw(3), **lora(torch.zeros(8, 8), alpha=None)[0]}}, "alpha is one number"),
     "mixed": ({LINEAR: {**lora(torch.zeros(8, 8))[0], **diff(torch.zeros(8, 8))[0]}}, "mixes lora and diff"),
     "no layer": ({"down_blocks.9.resnets.0.conv1": lora(torch.zeros(8, 8, 3, 3))[0]}, "none of its 1 layers fits"),
