@@ -93,7 +93,7 @@ def measure_drift(
         UserError: a file, the seeds, the adapter, its base or the CLIP cannot be used.
     """
     prompts, numbers = list(dict.fromkeys(load_prompts(prompts_file))), parse_seeds(seeds)
-    artefact = open_adapter(adapter, base)
+    artefact = open_adapter(adapter, base, base_config)
     header = parse_header(adapter, artefact.about)
     base, sampling = find_base(base, adapter, header), header.sampling
     accelerator = make_accelerator()

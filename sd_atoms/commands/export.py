@@ -80,7 +80,9 @@ def run(settings: Settings) -> None:
     out = Path(settings.out) if settings.out else (place if place.is_dir() else place.parent) / "export"
     paths = {kind: [out / file for file in _files(kind, name)] for kind in kinds}
     _refuse_existing([path for own in paths.values() for path in own], settings.overwrite)
-    artefacts = [open_adapter(source, settings.pretrained_model_name_or_path) for source in sources]
+    artefacts = [
+        open_adapter(source, settings.pretrained_model_name_or_path, settings.base_config) for source in sources
+    ]
     _refuse_twice(sources, [artefact.digest() for artefact in artefacts])
     if "comfy" in kinds and (reason := why_not([artefact.config for artefact in artefacts])):
         raise UserError(f"--to comfy: {reason}")
@@ -92,10 +94,14 @@ def run(settings: Settings) -> None:
         if kind in refused:
             raise UserError(f"--to {kind}: {refused[kind]}")
     if "words" in kinds:
-        _refuse_existing([_word_path(out, token) for token in _words(contents.tokens)], settings.overwrite)
+        own = {token: _word_path(out, token) for token in _words(contents.tokens)}
+        if len({str(path).lower() for path in own.values()}) < len(own):
+            raise UserError(f"{' '.join(own)}: two of these words would get one file; export them from two adapters")
+        _refuse_existing(list(own.values()), settings.overwrite)
     header = {"ss_network_module": "networks.lora", "ss_output_name": name}
     header |= {"ss_base_model_version": contents.sd} if contents.sd else {}
-    header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
+    if len(artefacts) == 1 and not settings.other_base:
+        header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
     if not kinds:
         print(_overview(contents, refused, DTYPES[settings.dtype], header))
         return
@@ -218,12 +224,13 @@ def _is_node(path: Path) -> bool:
 
 
 def _words(tokens: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """token -> its rows: <castle>_1, <castle>_2 … are the further ones of <castle>."""
-    words: dict[str, list[torch.Tensor]] = {}
-    for token, row in tokens.items():
+    """token -> its rows in their order: <castle>_1, <castle>_2 … are the further ones of <castle>."""
+    words: dict[str, dict[int, torch.Tensor]] = {}
+    for token, row in tokens.items():  # a file lists them by letters: _1, _10, _11, _2
         first, _, number = token.rpartition("_")
-        words.setdefault(first if number.isdigit() and first in tokens else token, []).append(row)
-    return words
+        further = number.isdigit() and first in tokens
+        words.setdefault(first if further else token, {})[int(number) if further else 0] = row
+    return {token: [rows[number] for number in sorted(rows)] for token, rows in words.items()}
 
 
 def _word_path(out: Path, token: str) -> Path:

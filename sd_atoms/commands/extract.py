@@ -77,7 +77,8 @@ def run(settings: Settings) -> Path:
     out, source = Path(settings.out), settings.source
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name of a .safetensors file is needed")
-    check_outputs(settings.overwrite, out=settings.out)
+    picture = str(Path(settings.out).with_suffix(".png")) if settings.out else None
+    check_outputs(settings.overwrite, out=settings.out, picture=picture)
     base = settings.pretrained_model_name_or_path
     if is_model(source):
         if base is None:
@@ -91,7 +92,7 @@ def run(settings: Settings) -> Path:
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
     else:
-        artefact = open_adapter(source, base)
+        artefact = open_adapter(source, base, settings.base_config)
         header = parse_header(source, artefact.about)
         base = find_base(base, source, header)
         base_config = find_base_config(settings.base_config, source, base)

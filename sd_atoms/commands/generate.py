@@ -73,7 +73,7 @@ def run(config: Settings) -> Path:
         UserError: something in the settings is wrong, or the folder holds other pictures of the same names.
     """
     templates, seeds = load_templates(config.prompts), parse_seeds(config.seeds)
-    artefact = open_adapter(config.adapter, config.pretrained_model_name_or_path)
+    artefact = open_adapter(config.adapter, config.pretrained_model_name_or_path, config.base_config)
     header = parse_header(config.adapter, artefact.about)
     base = find_base(config.pretrained_model_name_or_path, config.adapter, header)
     token = config.token or next(iter(artefact.tokens), None)

@@ -79,7 +79,9 @@ def run(settings: Settings) -> None:
         print(description_text(result))
     else:
         base = settings.pretrained_model_name_or_path
-        result = inspect_adapter(open_adapter(settings.adapter, base), base, settings.base_config)
+        result = inspect_adapter(
+            open_adapter(settings.adapter, base, settings.base_config), base, settings.base_config
+        )
         print(adapter_text(result, SHOWN if settings.top is None else settings.top))
     if settings.json:
         write_json(settings.json, result)

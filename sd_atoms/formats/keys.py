@@ -49,6 +49,10 @@ _ROWS = re.compile(r"bundle_emb\.(.+)\.(?:string_to_param\.\*|emb_params)")
 # before a mangled name
 _MANGLED_PREFIXES = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lycoris_": UNET}
 _PLAIN_PREFIXES = {"unet.": UNET, "text_encoder.": TEXT, "diffusion_model.": UNET}
+# what the name of a module of such a UNet begins with
+_ROOTS = (
+    "conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block", "up_blocks",
+)  # fmt: skip
 _SDXL = ("lora_te2_", "text_encoder_2.")
 
 
@@ -78,7 +82,8 @@ def parse_key(key: str) -> Entry | None:
     for prefix, place in _PLAIN_PREFIXES.items():
         if name.startswith(prefix):
             return _entry(place, name[len(prefix) :], _ENDS[end])
-    return None
+    # as diffusers' save_attn_procs wrote them; those of PEFT say their alpha elsewhere
+    return _entry(UNET, name, _ENDS[end]) if end.startswith(("lora.", "lora_linear_layer.")) else None
 
 
 _BY_LENGTH = sorted(_ENDS, key=len, reverse=True)
@@ -100,7 +105,9 @@ def _entry(place: str, module: str | None, part: str) -> Entry | None:
         return Entry(TEXT, module.removeprefix("text_model."), part)
     if module.split(".")[0] in ("input_blocks", "middle_block", "output_blocks", "time_embed", "out"):
         module = unet_from_ldm(module)
-    return None if module is None else Entry(UNET, module, part)
+    if module is None or module.split(".")[0] not in _ROOTS:
+        return None
+    return Entry(UNET, module, part)
 
 
 def parse_keys(keys: Iterable[str]) -> tuple[dict[str, Entry], list[str]]:

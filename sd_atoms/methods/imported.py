@@ -74,6 +74,9 @@ def weight_change(parts: Parts) -> torch.Tensor | None:
         RuntimeError: their shapes do not go together.
     """
     kind = kind_of(parts)
+    empty = [part for part, value in parts.items() if not value.numel()]
+    if empty:
+        raise ValueError(f"has no numbers in {', '.join(empty)}")
     if kind is None:
         return None
     if kind in ("diff", "norm"):

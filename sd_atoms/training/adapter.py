@@ -54,13 +54,14 @@ def run_of(checkpoint: Path) -> Path:
     )
 
 
-def open_adapter(source: str, base: str | None = None) -> Artefact:
+def open_adapter(source: str, base: str | None = None, base_config: str | None = None) -> Artefact:
     """Reads an adapter as `read_artefact` does, or that of a checkpoint.
 
     Args:
         source: what `read_artefact` takes, a checkpoint inside its run folder, or the folder of checkpoints for the
             last one.
         base: where the run's base is now; None = where it was.
+        base_config: its configs, where it is one file; None = as the run had them.
 
     Raises:
         UserError: there is none, it is corrupt, or the checkpoint's run cannot be told.
@@ -71,7 +72,7 @@ def open_adapter(source: str, base: str | None = None) -> Artefact:
     settings = run_of(path) / CONFIG
     config = resolve(TrainConfig, {}, str(settings), [])
     if base is not None:
-        made_like = config.base.base_config if Path(base).expanduser().is_file() else None
+        made_like = (base_config or config.base.base_config) if Path(base).expanduser().is_file() else None
         config = replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
     pipe = open_base(
         config.base.pretrained_model_name_or_path,

@@ -118,7 +118,7 @@ def test_what_is_no_base_is_one_line(tmp_path):
         (part, {}, "it is no whole model but adapter: lora"),
         (tmp_path / "model.ckpt", {}, "pickles (.ckpt, .pt, .bin) can run code"),
         (tmp_path / "cut.safetensors", {}, "corrupt or not a safetensors file"),
-        (tmp_path / "lacks.safetensors", {"base_config": tiny_base()}, ""),
+        (tmp_path / "lacks.safetensors", {"base_config": tiny_base()}, "lacks"),
     ):
         with pytest.raises(UserError) as error:
             open_base(str(name), **settings)

@@ -1,8 +1,11 @@
 """Names of modules between diffusers, LDM and mangled ones, against diffusers' own conversion of single files."""
 
 import pytest
+import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
+from sd_atoms.commands.export import _words
+from sd_atoms.formats.keys import parse_key
 from sd_atoms.formats.names import demangled, mangled, unet_from_ldm, unet_to_ldm
 from sd_atoms.pipeline.architectures import SD_V1_4, SD_V2_1, build_unet, unet_config
 
@@ -54,3 +57,26 @@ def test_two_known_names():
     # as A1111 maps them, see its `convert_diffusers_name_to_compvis`
     assert unet_to_ldm("down_blocks.1.resnets.0.conv1") == "input_blocks.4.0.in_layers.2"
     assert unet_to_ldm("up_blocks.2.upsamplers.0.conv") == "output_blocks.8.2.conv"
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight",
+         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight",
+         "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", None),  # of Flux
+        ("down_blocks.0.resnets.0.conv1.lora_A.weight", None),  # PEFT's, whose alpha stands elsewhere
+    ],
+)  # fmt: skip
+def test_keys_of_a_unet_are_told_from_others(key, module):
+    entry = parse_key(key)
+    assert (entry and entry.module) == module
+
+
+def test_rows_of_a_word_come_in_their_order():
+    names = ["<a>", *(f"<a>_{number}" for number in range(1, 12))]
+    rows = {name: torch.full((2,), float(number)) for number, name in enumerate(names)}
+    words = _words(dict(sorted(rows.items())))  # as a file lists them
+    assert [row[0].item() for row in words["<a>"]] == list(range(12))

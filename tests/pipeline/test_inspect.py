@@ -35,11 +35,14 @@ BLOCKS = ["conv_in", "down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_blo
 @pytest.mark.parametrize(
     ("arch", "parameters", "layers"),
     [
-        ("sd-v1-4", 859_520_964, {"conv3x3": 52, "conv": 98, "conv+linear": 282, "attn": 128, "all-linear": 184}),
-        ("sd-v2-1", 865_910_724, {"conv3x3": 52, "conv": 66, "conv+linear": 282, "attn": 128, "all-linear": 216}),
-        ("sdxl", 2_567_463_684, {"conv3x3": 40, "conv": 51, "conv+linear": 794, "attn": 560, "all-linear": 743}),
+        ("sd-v1-4", 859_520_964,
+         {"conv3x3": 52, "spatial": 52, "conv": 98, "conv+linear": 282, "dense": 282, "attn": 128, "all-linear": 184}),
+        ("sd-v2-1", 865_910_724,
+         {"conv3x3": 52, "spatial": 52, "conv": 66, "conv+linear": 282, "dense": 282, "attn": 128, "all-linear": 216}),
+        ("sdxl", 2_567_463_684,
+         {"conv3x3": 40, "spatial": 40, "conv": 51, "conv+linear": 794, "dense": 794, "attn": 560, "all-linear": 743}),
     ],
-)
+)  # fmt: skip
 def test_sizes_of_the_known_unets(arch, parameters, layers):
     result = inspect_architecture(arch)
     assert result["parameters"] == parameters
