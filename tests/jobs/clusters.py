@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,12 +79,13 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path, cpus: int = 1) -> Iterator[tuple[str, Callable[[], None]]]:
+def ray_nodes(cpus: int = 1) -> Iterator[tuple[str, Callable[[], None]]]:
     """Two nodes of Ray on this machine; gives the address, and what kills the second one with all its processes."""
     (port,) = _free_ports(1)  # below those that Ray's workers take
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # pytest's is too long for the paths of sockets
     words = [str(Path(sys.executable).with_name("ray")), "start", f"--node-ip-address={ADDRESS}", "--block",
              f"--num-cpus={cpus}", "--disable-usage-stats", "--object-store-memory=80000000"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_TMPDIR": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_TMPDIR": folder}
     address, nodes = f"{ADDRESS}:{port}", []
 
     def start(*more: str) -> subprocess.Popen:
@@ -106,6 +108,7 @@ def ray_nodes(folder: Path, cpus: int = 1) -> Iterator[tuple[str, Callable[[], N
     finally:
         for node in reversed(nodes):
             kill(node)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def descendants(process: int) -> list[int]:

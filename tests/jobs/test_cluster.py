@@ -90,7 +90,7 @@ def test_slurm_s_refusal_and_a_cancelled_array_are_told_and_the_command_goes_on(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray")
 def test_ray_loses_no_run_when_a_node_is_killed(local, tmp_path):
-    with ray_nodes(tmp_path / "ray") as (address, kill_node):
+    with ray_nodes() as (address, kill_node):
         folder = tmp_path / "by_ray"
         process = started(folder, "--executor", "ray", "--ray_address", address)
         until(lambda: len(list((folder / "out/queue").rglob("*.log"))) >= 2, "two tasks", END_SECONDS)
