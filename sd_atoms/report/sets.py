@@ -133,8 +133,8 @@ def _row(name: str, network: str, method: str, runs: Sequence[Mapping[str, Any]]
 
 
 def sentence(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Which method comes nearest to a set, by the KID or else the FD of each network, and whether it and the base are
-    apart by more than both intervals, and which way."""
+    """Which method comes nearest to a set, by the KID or else the FD of each network, and whether it is nearer than
+    the base, or farther, by more than both intervals."""
     own, told = [row for row in rows if row["set"] == name], []
     for network in dict.fromkeys(row["network"] for row in own):
         key = next((key for key in ("kid", "cmmd", "fid") if all(key in row["figures"] for row in own)), None)
@@ -143,17 +143,13 @@ def sentence(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         if not key or not tuned:
             continue
         best = min(tuned, key=lambda row: row["figures"][key][0])
-        text = f"by {network} {best['method']} comes nearest ({key} {_short(best['figures'][key][0])}"
+        text = f"by {network} {best['method']} comes nearest of the methods ({key} {_short(best['figures'][key][0])}"
         if base:
             before, after = base[0]["figures"][key], best["figures"][key]
-            clear = ""
-            if before[1] is not None and after[1] is not None:
-                clear = ", not apart by the intervals"
-                if after[2] < before[1]:
-                    clear = ", apart"
-                elif before[2] < after[1]:
-                    clear = ": the base is nearer, apart"
-            text += f", base {_short(before[0])}{clear}"
+            text += f", base {_short(before[0])}"
+            if None not in (*before, *after):
+                nearer, farther = after[2] < before[1], after[1] > before[2]
+                text += ": nearer" if nearer else ": farther" if farther else ", not apart by the intervals"
         told.append(text + ")")
     return f"{name}: {'; '.join(told)}." if told else f"{name}: nothing to compare."
 
