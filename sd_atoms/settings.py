@@ -365,8 +365,8 @@ def _kind(owner: type, name: str) -> type:
 
 def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
     meta = field.metadata
-    said_none = isinstance(value, str) and value.lower() in ("none", "null") and (kind is not str or meta["file"])
-    if value is None or said_none:  # a file of that name is ./none
+    no_text = kind is not str or (meta["file"] and not meta["required"])  # a file of that name is ./none
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and no_text):
         if field.default is None and (meta["unless"] or not meta["required"]):
             return None
         raise ValueError(f"None is not allowed, {_allowed(meta, kind)}")
