@@ -47,14 +47,20 @@ class Classifier(nn.Module):
 
     network: what adapters go into, in eval mode always: statistics of its batch norms stay the pretrained ones, so
     that a reloaded classifier says the very same. head: within `network`, trained whole. mark: fingerprint of its
-    weights, the head aside, before any adapter.
+    weights, the head aside, before any adapter. head_mask: (N, features), what the head's input is multiplied by in
+    training; None for nothing.
     """
 
-    def __init__(self, network: nn.Module, head: str, preprocessing: Preprocessing, head_dropout: float = 0.0) -> None:
+    def __init__(self, network: nn.Module, head: str, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network, self.head_name, self.preprocessing = network, head, preprocessing
-        self.head_dropout, self.mark = nn.Dropout(head_dropout), None
-        self.head.register_forward_pre_hook(lambda _, inputs: (self.head_dropout(inputs[0]), *inputs[1:]))
+        self.mark: torch.Tensor | None = None
+        self.head_mask: torch.Tensor | None = None
+        self.head.register_forward_pre_hook(self._masked)
+
+    def _masked(self, head: nn.Module, inputs: tuple) -> tuple:
+        masked = self.training and self.head_mask is not None
+        return (inputs[0] * self.head_mask, *inputs[1:]) if masked else inputs
 
     @property
     def head(self) -> nn.Linear:
@@ -62,10 +68,9 @@ class Classifier(nn.Module):
         return self.network.get_submodule(self.head_name)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """As usual, but only the dropout before the head changes."""
+        """As usual, but the network stays in eval mode."""
         self.training = mode
         self.network.eval()
-        self.head_dropout.train(mode)
         return self
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -90,7 +95,6 @@ def open_classifier(
     *,
     size_px: int | None = None,
     normalisation: str = "model",
-    head_dropout: float = 0.0,
     keep_head: bool = False,
     seed: int = 0,
 ) -> Classifier:
@@ -101,7 +105,6 @@ def open_classifier(
         classes: how many the new head tells apart.
         size_px: side of the images; None for the model's own.
         normalisation: a key of NORMALISATIONS.
-        head_dropout: share of features that training drops before the head.
         keep_head: keep the pretrained head, which must have that many classes.
         seed: of the new head.
 
@@ -113,18 +116,18 @@ def open_classifier(
     elif name.startswith(TIMM):
         network, head, own = _of_timm(name)
     else:
-        network, head, own = _of_transformers(name)
+        network, head, own = _of_transformers(name, keep_head)
     mean_std = NORMALISATIONS[normalisation]
     if mean_std is not None:
         own = Preprocessing(own.size_px, own.crop_share, *mean_std)
     own = own if size_px is None else Preprocessing(size_px, own.crop_share, own.mean, own.std)
-    classifier = Classifier(network.requires_grad_(False), head, own, head_dropout).eval()
+    classifier = Classifier(network.requires_grad_(False), head, own).eval()
     before = classifier.head
     if keep_head and before.out_features != classes:
         raise UserError(f"keep_head: {name} has {before.out_features} classes, the data {classes}")
     if not keep_head:
         _replace(network, head, _new_head(before.in_features, classes, seed))
-        classifier = Classifier(network, head, own, head_dropout).eval()
+        classifier = Classifier(network, head, own).eval()
     classifier.head.requires_grad_(True)
     weights = {name: parameter for name, parameter in network.named_parameters() if not name.startswith(f"{head}.")}
     classifier.mark = fingerprint(weight for weight in weights.values() if weight.dim() > 1)
@@ -132,7 +135,7 @@ def open_classifier(
     return classifier
 
 
-def _of_transformers(name: str) -> tuple[nn.Module, str, Preprocessing]:
+def _of_transformers(name: str, keep_head: bool) -> tuple[nn.Module, str, Preprocessing]:
     source = str(resolve_source(name, "model"))
     try:
         architectures = AutoConfig.from_pretrained(source).architectures or []
@@ -150,6 +153,8 @@ def _of_transformers(name: str) -> tuple[nn.Module, str, Preprocessing]:
     if missing:
         kind = ", ".join(architectures) or "unknown"
         raise UserError(f"model: {name!r} ({kind}) lacks {len(missing)} weights of a classifier, such as {missing[0]}")
+    if keep_head and found["missing_keys"]:
+        raise UserError(f"keep_head: {name!r} comes without a head for its classes")
     return model, head, _preprocessing(processor)
 
 

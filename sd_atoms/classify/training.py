@@ -3,7 +3,7 @@
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sd_atoms.methods.selective import parameters_of
 from sd_atoms.settings import replaced
 from sd_atoms.training.checkpoint import Progress
 from sd_atoms.training.config import budget_of
-from sd_atoms.training.noise import image_number
+from sd_atoms.training.noise import generator, image_number
 from sd_atoms.training.steps import Hooks, run_steps, steps_of
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, named_targets
 
@@ -56,9 +56,10 @@ def adapt(classifier: Classifier, config: ClassifyConfig) -> ClassifyConfig:
     head = list(classifier.head.parameters())
     peft = method.make_config(classifier.network, settings | {"seed": config.loop.seed}, layers)
     if isinstance(peft, AtomsConfig) and peft.solver == "svd" and not isinstance(layers, str):
-        # K atoms are exact and all that K taps have
-        taps = {name: prod(classifier.network.get_submodule(name).kernel_size) for name in layers}
-        peft.m_pattern = {re.escape(name): count for name, count in taps.items() if count < peft.m}
+        # K atoms are exact and all that K taps have; pointwise and Linear layers have block atoms or none
+        kernels = {name: getattr(classifier.network.get_submodule(name), "kernel_size", (1,)) for name in layers}
+        taps = {name: prod(kernel) for name, kernel in kernels.items()}
+        peft.m_pattern = {re.escape(name): count for name, count in taps.items() if 1 < count < peft.m}
     add_adapter(classifier.network, peft)
     # PEFT's OFT takes the channels-last input of a Linear layer, as in ConvNeXt, for a convolution's
     try_out(classifier, f"method {method.name}: this network, adapted so,")
@@ -75,7 +76,7 @@ def target_layers(classifier: Classifier, target: str | None, method: str) -> li
     Raises:
         UserError: a named set has no layer here.
     """
-    if target == "all":
+    if target == "all" and method in OWN:
         found = [
             name
             for name, module in classifier.network.named_modules()
@@ -89,6 +90,8 @@ def target_layers(classifier: Classifier, target: str | None, method: str) -> li
     else:
         return target
     found = [name for name in found if name != classifier.head_name]
+    if method in OWN:
+        found = [name for name in found if parameters_of(classifier.network.get_submodule(name), OWN[method])]
     if not found:
         raise UserError(f"target={target}: the network has no such layer besides its head")
     return found
@@ -128,6 +131,9 @@ def train_classifier(
         )
         pixels = preprocessing.normalised(to_unit(list(images)).to(device))
         labels = torch.tensor([record.label for _, record in chosen], device=device)
+        if config.network.head_dropout:
+            kept = head_mask(numbers, classifier.head.in_features, config.network.head_dropout, seed)
+            classifier.head_mask = kept.to(device)
         return F.cross_entropy(network(pixels).float(), labels, label_smoothing=smoothing)
 
     parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
@@ -154,7 +160,14 @@ def train_classifier(
         data=data,
     )
     classifier.eval()
+    classifier.head_mask = None
     return progress
+
+
+def head_mask(numbers: Iterable[int], features: int, dropout: float, seed: int) -> torch.Tensor:
+    """(samples, features): 0 at a chance of `dropout`, else 1 / (1 − dropout), by each sample's number alone."""
+    rows = [torch.rand(features, generator=generator(seed, "dropout", number)) >= dropout for number in numbers]
+    return torch.stack(rows) / (1 - dropout)
 
 
 def rate_groups(parameters: Mapping[str, nn.Parameter], classifier: Classifier, config: ClassifyConfig) -> list[dict]:

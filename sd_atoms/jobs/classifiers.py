@@ -63,9 +63,7 @@ def read_runs(path: str, output_dir: str | None = None) -> tuple[Path, list[Clas
         raise UserError(f"{path}: {'; '.join(problems)}")
     runs, seeds = [], parse_seeds(str(entries.get("seeds", 0)))
     for label, own in methods.items():
-        values = {"method": str(label)} | shared | (own or {})
-        if "method" not in (own or {}):
-            values["method"] = str(label)
+        values = shared | {"method": str(label)} | (own or {})
         taken = [name for name in FORCED if name in values]
         if taken:
             problems.append(f"methods.{label}: {', '.join(taken)} is what the comparison decides")

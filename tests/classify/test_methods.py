@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sd_atoms.classify.config import NOT_OFFERED, ClassifyConfig
 from sd_atoms.classify.file import load_classifier, save_classifier
 from sd_atoms.classify.models import open_classifier
-from sd_atoms.classify.training import adapt, trained_counts
+from sd_atoms.classify.training import adapt, head_mask, trained_counts
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import merge_adapters
 from sd_atoms.methods.table import METHODS
@@ -93,6 +93,32 @@ def test_atoms_go_to_every_convolution_with_a_kernel_above_one_and_lora_to_the_d
     layers = [name for name, _ in classifier.network.named_parameters() if "lora_A" in name]
     assert layers
     assert not any("dwconv" in name or "classifier" in name for name in layers)
+
+
+def test_block_atoms_go_to_linear_and_pointwise_layers_too(models):
+    classifier, _ = adapted(models["convnext"], "atoms", kc=4, target="conv+linear")
+    names = [name for name, p in classifier.network.named_parameters() if p.requires_grad]
+    assert any("pwconv1" in name and "atoms_block_delta" in name for name in names)
+    assert any("dwconv" in name and "atoms_delta" in name for name in names)
+
+
+def test_targets_that_a_method_cannot_take_are_one_line(models):
+    with pytest.raises(UserError, match="all"):
+        adapted(models["resnet"], "atoms", target="all")
+    classifier, _ = adapted(models["convnext"], "bitfit", target="conv")  # those with a bias
+    assert trained_counts(classifier)[0] > 0
+
+
+def test_what_the_head_drops_depends_on_the_sample_alone(models):
+    whole = head_mask(range(8), 16, 0.5, seed=3)
+    assert torch.equal(whole[5:], head_mask(range(5, 8), 16, 0.5, seed=3))
+    assert not torch.equal(whole, head_mask(range(8), 16, 0.5, seed=4))
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    classifier, _ = adapted(models["resnet"], "head", head_dropout=0.5)
+    plain = classifier(pixels())
+    classifier.head_mask = head_mask(range(4), classifier.head.in_features, 0.5, seed=3)
+    assert torch.equal(classifier(pixels()), plain)
+    assert not torch.equal(classifier.train()(pixels()), plain)
 
 
 def test_a_budget_sizes_the_method(models):

@@ -36,6 +36,7 @@ class Settings:
     images: int = setting(64, WHAT, "how many, drawn by the seed", low=1)
     shown: int = setting(8, WHAT, "how many of these are in the picture", low=1)
     seed: int = setting(0, WHAT, "of the test share, as the training had it, and of the choice", low=0)
+    model: str | None = setting(None, HOW, "where the pretrained network is; none = as each file says")
     block: int | None = setting(None, HOW, "at the end of which block, from 1; none = the last", low=1)
     layer: str | None = setting(None, HOW, "at which layer, by its name, in place of block")
     out: str = setting("cam.png", HOW, "the picture")
@@ -59,7 +60,7 @@ def run(settings: Settings) -> None:
     shown = range(min(settings.shown, len(records)))
     rows, columns, told = [], [], []
     for place in followed(places, len(places), "Classifiers", "classifier"):
-        classifier, file = load_classifier(place)
+        classifier, file = load_classifier(place, settings.model)
         unknown = [name for name in names if name not in file.class_names]
         if unknown:
             raise UserError(f"data: class {unknown[0]!r} is not among the {len(file.class_names)} of {place}")

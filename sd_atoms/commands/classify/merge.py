@@ -1,16 +1,18 @@
 """Writes a trained classifier without its adapter: as a folder of transformers, as an ONNX file, or both."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd_atoms.classify.file import load_classifier
 from sd_atoms.classify.plain import merged, save_plain, write_onnx
 from sd_atoms.errors import UserError
-from sd_atoms.files import check_outputs
+from sd_atoms.files import check_outputs, replacing_folder
 from sd_atoms.settings import setting
 from sd_atoms.sources import resolve_source
 
 WHAT, HOW = "what is written", "how"
+PROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,18 @@ def run(settings: Settings) -> None:
     if settings.out is None and settings.onnx is None:
         raise UserError("out or onnx is required: where the merged classifier goes")
     check_outputs(settings.overwrite, onnx=settings.onnx)
-    if settings.out is not None and Path(settings.out).exists() and any(Path(settings.out).iterdir()):
-        raise UserError(f"out: {settings.out} is not empty; choose a new folder")
+    out = None if settings.out is None else Path(settings.out)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} is not an empty folder; choose a new one")
     classifier, file = load_classifier(settings.classifier, settings.model)
     merged(classifier)
-    if settings.out is not None:
-        save_plain(Path(settings.out), classifier, file.class_names)
+    if out is not None:
         source = Path(str(resolve_source(settings.model or file.model, "model")))
-        if (source / "preprocessor_config.json").is_file():
-            text = (source / "preprocessor_config.json").read_text(encoding="utf-8")
-            (Path(settings.out) / "preprocessor_config.json").write_text(text, encoding="utf-8")
-        print(f"{settings.out}: {len(file.class_names)} classes, for AutoModelForImageClassification.from_pretrained")
+        with replacing_folder(out) as folder:
+            save_plain(folder, classifier, file.class_names)
+            if (source / PROCESSOR).is_file():
+                shutil.copyfile(source / PROCESSOR, folder / PROCESSOR)
+        print(f"{out}: {len(file.class_names)} classes, for AutoModelForImageClassification.from_pretrained")
     if settings.onnx is not None:
         apart = write_onnx(Path(settings.onnx), classifier)
         own = file.preprocessing

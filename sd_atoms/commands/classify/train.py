@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sd_atoms.classify.config import ClassifyConfig
 from sd_atoms.classify.file import NAME, save_classifier
 from sd_atoms.classify.images import LabelledSet, open_set
@@ -57,6 +59,7 @@ def run(config: ClassifyConfig) -> Path:
     if on_main(accelerator, lambda: is_first_start(config.output)):
         config = replaced(config, resume_from_checkpoint=None, overwrite=True)
         notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
+    torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     found, skipped = labelled_images(config, accelerator)
     notes += skipped
     network = config.network
@@ -65,7 +68,6 @@ def run(config: ClassifyConfig) -> Path:
         len(found.class_names),
         size_px=network.size_px,
         normalisation=network.normalisation,
-        head_dropout=network.head_dropout,
         keep_head=network.keep_head,
         seed=seed,
     )
@@ -121,7 +123,7 @@ def run(config: ClassifyConfig) -> Path:
 def plan_text(config: ClassifyConfig) -> str:
     """What a run would do, as far as its network and images are here."""
     method, loop, network = config.method.chosen(), config.loop, config.network
-    images, classes, trained = None, None, None
+    images, classes = None, None
     try:
         found = opened_set(config)
         images, classes = len(found.train), len(found.class_names)
@@ -140,7 +142,8 @@ def plan_text(config: ClassifyConfig) -> str:
     if images and loop.num_train_epochs is not None:
         length += f", {-(-loop.num_train_epochs * images // per_step):,} steps"
     optimiser = config.optimiser
-    rates = f"{optimiser.learning_rate} for {method.name}, {optimiser.head_learning_rate} for the head"
+    rate = optimiser.learning_rate if optimiser.learning_rate is not None else config.usual_rates()["learning_rate"]
+    rates = f"{rate:g} for {method.name}, {optimiser.head_learning_rate:g} for the head"
     lines = {
         "network": network.model,
         "images": told,
