@@ -1,6 +1,7 @@
 """What a classifier says of images, and how right it is: logits of records, accuracy, calibration, confusion."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from sd_atoms.classify.models import Classifier
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.data.images import to_unit
 from sd_atoms.data.records import ImageRecord
-from sd_atoms.evaluation.intervals import mean_figure
+from sd_atoms.evaluation.intervals import Figure, mean_figure
 from sd_atoms.machine import check_finite, read_ahead, shared_work
 from sd_atoms.progress import followed
 
@@ -68,13 +69,19 @@ def scores_of(
     }
     loss = F.cross_entropy(logits.double(), truth, reduction="none")
     return {
-        "accuracy": mean_figure(right.double(), DRAWS, seed).entries(),
+        "accuracy": share_figure(right, seed).entries(),
         "cross_entropy": mean_figure(loss, DRAWS, seed).entries(),
         "majority": (counts.max() / len(truth)).item(),
         "calibration_error": calibration_error(logits, truth),
         "by_class": by_class,
         "confusion": confusion.tolist(),
     }
+
+
+def share_figure(right: torch.Tensor, seed: int) -> Figure:
+    """The share of what is right, (N,) bool, with its interval, which ends at 0 and 1."""
+    found = mean_figure(right.double(), DRAWS, seed)
+    return found if found.low is None else replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def calibration_error(logits: torch.Tensor, truth: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ from sd_atoms.files import replacing, write_json
 from sd_atoms.generation import Request, generate, generate_missing, making_notes, read_images, save_image
 from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
 from sd_atoms.methods.adapters import adapters_off
-from sd_atoms.pipeline import open_base, save_adapter
+from sd_atoms.pipeline import save_adapter
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
@@ -35,6 +35,7 @@ from sd_atoms.report.grid import image_grid
 from sd_atoms.report.run import concept_grid, learning_curve, summary_text
 from sd_atoms.settings import launcher_notes, replaced
 from sd_atoms.training.adapter import header
+from sd_atoms.training.base import open_base_of
 from sd_atoms.training.class_images import class_image_paths
 from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
 from sd_atoms.training.dataset import class_prompts, data_digests, make_dataset
@@ -98,13 +99,7 @@ def run(config: TrainConfig) -> Path:
     scorer = ClipFeatures(config.images.clip_model_name_or_path) if config.images.clip_model_name_or_path else None
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     set_seed(seed)
-    pipe = open_base(
-        base,
-        revision=config.base.revision,
-        variant=config.base.variant,
-        base_config=config.base.base_config,
-        device=accelerator.device,
-    )
+    pipe = open_base_of(config.base, accelerator.device)
     config = replaced(config, resolution=training_resolution_px(pipe, config.data.resolution))
     if config.method.budget is not None:
         config = sized(config, pipe.unet)

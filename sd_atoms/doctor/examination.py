@@ -23,9 +23,9 @@ from sd_atoms.doctor.plan import class_images, intervals, rates, trainable_param
 from sd_atoms.doctor.prompts import braces, new_words, run_prompts
 from sd_atoms.errors import UserError
 from sd_atoms.machine import make_accelerator
-from sd_atoms.pipeline import open_base
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.sources import packaged_path, resolve_source
+from sd_atoms.training.base import open_base_of
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import with_defaults
@@ -47,13 +47,7 @@ def doctor(config: TrainConfig) -> None:
     accelerator = make_accelerator()
     pipe = None
     try:
-        pipe = open_base(
-            config.base.pretrained_model_name_or_path,
-            revision=config.base.revision,
-            variant=config.base.variant,
-            base_config=config.base.base_config,
-            device=accelerator.device,
-        )
+        pipe = open_base_of(config.base, accelerator.device)
         noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
     except UserError as error:
         findings.append(problem(error, "pretrained_model_name_or_path"))

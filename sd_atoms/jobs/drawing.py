@@ -13,11 +13,12 @@ from sd_atoms.generation import Request, generate_missing, making_notes
 from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
 from sd_atoms.jobs.results import DRAWN
 from sd_atoms.methods.adapters import set_adapters
-from sd_atoms.pipeline import load_adapter, open_base, read_artefact
+from sd_atoms.pipeline import load_adapter, read_artefact
 from sd_atoms.pipeline.fingerprint import weights_digest
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.pipeline.sizes import training_resolution_px
 from sd_atoms.sources import public_name
+from sd_atoms.training.base import open_base_of
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.run_folder import ADAPTER
 
@@ -43,13 +44,7 @@ def draw_run(plan: Plan, run: Run, config: TrainConfig, accelerator) -> Pictures
     """
     folder, concept = plan.run_folder(run) / DRAWN, config.all_concepts[0]
     base = config.base.pretrained_model_name_or_path
-    pipe = open_base(
-        base,
-        revision=config.base.revision,
-        variant=config.base.variant,
-        base_config=config.base.base_config,
-        device=accelerator.device,
-    )
+    pipe = open_base_of(config.base, accelerator.device)
     digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
     sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
     templates, word = templates_of(plan, run), concept.plain_word if run.stage == PRETRAINED else concept.word

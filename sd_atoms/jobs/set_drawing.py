@@ -22,10 +22,11 @@ from sd_atoms.generation import Request, generate_missing, making_notes
 from sd_atoms.jobs.plan import PRETRAINED, Run
 from sd_atoms.jobs.results import DRAWN, SCORES, read_scores
 from sd_atoms.jobs.sets import SetExperiment, SetPlan
-from sd_atoms.pipeline import load_adapter, open_base, read_artefact
+from sd_atoms.pipeline import load_adapter, read_artefact
 from sd_atoms.pipeline.fingerprint import weights_digest
 from sd_atoms.pipeline.sizes import training_resolution_px
 from sd_atoms.sources import public_name
+from sd_atoms.training.base import open_base_of
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.run_folder import ADAPTER
 
@@ -51,13 +52,7 @@ def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[I
         UserError: images of these names were made otherwise, or the adapter does not fit.
     """
     base = config.base.pretrained_model_name_or_path
-    pipe = open_base(
-        base,
-        revision=config.base.revision,
-        variant=config.base.variant,
-        base_config=config.base.base_config,
-        device=accelerator.device,
-    )
+    pipe = open_base_of(config.base, accelerator.device)
     digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
     sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
     requests, labels = set_requests(plan.task(run), plan.experiment, reference)

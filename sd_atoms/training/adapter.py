@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline import open_base, read_artefact, save_adapter
+from sd_atoms.pipeline import read_artefact, save_adapter
 from sd_atoms.pipeline.artefact import Artefact
 from sd_atoms.pipeline.header import Header
 from sd_atoms.settings import replaced, resolve
+from sd_atoms.training.base import open_base_of
 from sd_atoms.training.checkpoint import NAME, checkpoints, kept_values
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.diffusion import add_adapters, trained_parts
@@ -74,12 +75,7 @@ def open_adapter(source: str, base: str | None = None, base_config: str | None =
     if base is not None:
         made_like = (base_config or config.base.base_config) if Path(base).expanduser().is_file() else None
         config = replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
-    pipe = open_base(
-        config.base.pretrained_model_name_or_path,
-        revision=config.base.revision,
-        variant=config.base.variant,
-        base_config=config.base.base_config,
-    )
+    pipe = open_base_of(config.base)
     add_adapters(pipe, config)
     rows, _, parameters = trained_parts(pipe, config)
     step, values = kept_values(path, parameters)

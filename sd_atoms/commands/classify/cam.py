@@ -8,7 +8,7 @@ from PIL import Image
 from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
 from sd_atoms.classify.file import load_classifier
 from sd_atoms.classify.images import open_set
-from sd_atoms.classify.scores import DRAWS
+from sd_atoms.classify.scores import DRAWS, share_figure
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.commands.classify.train import some_of
 from sd_atoms.data.images import to_unit
@@ -69,7 +69,7 @@ def run(settings: Settings) -> None:
         labels = [file.class_names.index(name) for name in names]
         maps, said = maps_of(classifier, images, labels, layer)
         size = mean_figure(active_shares(maps), DRAWS, settings.seed)
-        right = mean_figure((said == said.new_tensor(labels)).double(), DRAWS, settings.seed)
+        right = share_figure(said == said.new_tensor(labels), settings.seed)
         title = f"{file.method}: {Path(place).name}"
         told.append({"classifier": place, "layer": layer, "active": size.entries(), "accuracy": right.entries()})
         plain = [centre_crop(images[place], classifier.preprocessing) for place in shown]
