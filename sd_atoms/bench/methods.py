@@ -12,6 +12,7 @@ from sd_atoms.training.config import MethodSettings
 from sd_atoms.tuner import named_targets
 
 FLOOR, NAIVE = "floor", "naive"
+USUAL_M = 9  # atoms of a layer, where its filters have as many taps
 OTHERS = {
     FLOOR: "nothing is trained; the gradient goes through the frozen network to its input",
     NAIVE: "filter atoms, F + F·B left to autograd",
@@ -78,7 +79,8 @@ class NaiveAtomsConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        atoms = svd_atoms(filter_rows(conv.weight), conv.kernel_size[0] * conv.kernel_size[1])
+        rows = filter_rows(conv.weight)
+        atoms = svd_atoms(rows, min(USUAL_M, rows.shape[1]))
         self.register_buffer("atoms", atoms)
         self.atoms_delta = nn.Parameter(torch.zeros_like(atoms))
 

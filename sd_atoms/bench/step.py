@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import sd_atoms
 from sd_atoms.bench.architectures import latent_size
+from sd_atoms.bench.classifiers import CLASSIFIERS
 from sd_atoms.bench.measuring import check_device, describe, machine_info
 from sd_atoms.bench.methods import description
 from sd_atoms.bench.table import ratio_text
@@ -46,10 +47,11 @@ def bench_step(
     Raises:
         UserError: architecture, resolution or device cannot be used.
     """
-    latent_size(resolution_px)
     check_device(device)
+    if arch not in CLASSIFIERS:
+        latent_size(resolution_px)
     job = {
-        "unet_config": unet_config(arch),
+        "config": CLASSIFIERS[arch] if arch in CLASSIFIERS else unet_config(arch),
         "resolution": resolution_px,
         "batch_size": batch_size,
         "steps": steps,
@@ -69,7 +71,7 @@ def bench_step(
                     except WorkerFailed as failure:
                         failures[method] = str(failure)
                 progress.update()
-    settings = {name: value for name, value in job.items() if name != "unet_config"}
+    settings = {name: value for name, value in job.items() if name != "config"}
     return {
         "benchmark": "step",
         "measures": MEASURES,
@@ -142,7 +144,7 @@ def step_text(result: dict) -> str:
     """The result of `bench_step` as a table with a head line."""
     settings = result["settings"]
     head = (
-        f"{settings['arch']} UNet, {settings['resolution']} px, batch {settings['batch_size']}, {settings['dtype']}, "
+        f"{settings['arch']}, {settings['resolution']} px, batch {settings['batch_size']}, {settings['dtype']}, "
         f"{settings['rounds']} rounds of {settings['steps']} steps; {describe(result['machine'])}"
     )
     header = ["method", "s/step", "min – max", "to floor", "peak GB", "to floor", "trained numbers"]

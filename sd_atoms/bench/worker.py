@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sd_atoms.bench.architectures import step_inputs
+from sd_atoms.bench.classifiers import attach_to_classifier, build_classifier, classifier_inputs
 from sd_atoms.bench.measuring import now_seconds
 from sd_atoms.bench.methods import attach
 from sd_atoms.files import write_json
@@ -23,29 +24,37 @@ def measure(job: dict) -> dict:
     """Forward and backward passes of one method.
 
     Args:
-        job: unet_config, method, resolution (pixels), batch_size, steps, threads, device ("cpu" or "cuda"), dtype.
+        job: config (of a UNet; or of a classifier, with model_type), method, resolution (pixels), batch_size, steps,
+            threads, device ("cpu" or "cuda"), dtype.
 
     Returns:
         seconds (one per step, the warm-up step left out), peak_bytes, trainable_numbers.
     """
     torch.set_num_threads(job["threads"])
     device, dtype = job["device"], DTYPES[job["dtype"]]
-    unet = build_unet(job["unet_config"], device, dtype)
-    trained = attach(unet, job["method"])
+    sizes = (job["batch_size"], job["resolution"], device, dtype)
+    if "model_type" in job["config"]:
+        network = build_classifier(job["config"], device, dtype)
+        trained, inputs = attach_to_classifier(network, job["method"]), classifier_inputs(*sizes)
+    else:
+        network = build_unet(job["config"], device, dtype)
+        trained, inputs = attach(network, job["method"]), step_inputs(job["config"], *sizes)
     with torch.no_grad():
         for parameter in trained:
             # as after a first optimiser step: no method may profit from knowing that its change is zero
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-    latents, timesteps, states = step_inputs(job["unet_config"], job["batch_size"], job["resolution"], device, dtype)
-    target = torch.randn_like(latents, dtype=torch.float32)
     if not trained:
-        latents.requires_grad_()  # the floor: the gradient goes all the way to the input
+        inputs[0].requires_grad_()  # the floor: the gradient goes all the way to the input
+    target = None
     seconds = []
     for _ in range(1 + job["steps"]):
         start = now_seconds(device)
-        F.mse_loss(unet(latents, timesteps, states).sample.float(), target).backward()
+        output = network(*inputs)
+        output = (output if isinstance(output, torch.Tensor) else output.sample).float()
+        target = torch.randn_like(output) if target is None else target  # in the warm-up
+        F.mse_loss(output, target).backward()
         seconds.append(now_seconds(device) - start)
-        for tensor in [*trained, latents]:
+        for tensor in [*trained, inputs[0]]:
             tensor.grad = None
     return {
         "seconds": seconds[1:],

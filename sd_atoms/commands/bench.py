@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from sd_atoms.bench.classifiers import CLASSIFIERS
 from sd_atoms.bench.data import bench_data, data_text
 from sd_atoms.bench.decompose import bench_decompose, decompose_text
 from sd_atoms.bench.forms import bench_forms, forms_text
@@ -43,6 +44,18 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class StepArchitecture:
+    """The UNet or classifier that is measured."""
+
+    arch: str = setting(
+        "sd-v1-4",
+        WHAT,
+        "the UNet, or the image classifier: methods on the layers of `classify train`, without its head",
+        choices=("sd-v1-4", "pocket", *CLASSIFIERS),
+    )
+
+
+@dataclass(frozen=True)
 class Workload:
     """What goes through it."""
 
@@ -54,7 +67,7 @@ class Workload:
 class Step:
     """Settings of `sd-atoms bench step`."""
 
-    architecture: Architecture = section(Architecture)
+    architecture: StepArchitecture = section(StepArchitecture)
     workload: Workload = section(Workload)
     methods: str = setting(
         "floor,atoms,lora,locon:rank=16,loha,lokr,naive",

@@ -1,4 +1,4 @@
-"""Classifiers compared: methods × seeds on the same images, from a file, and what they ended with.
+"""Classifiers compared: tasks × methods × seeds, each an ordinary training, from a file, and what they ended with.
 
 output_dir: runs/classify/fashion
 settings: {model: efficientnet-lite0, data: vtab:fashion_mnist, max_train_steps: 300}   # of every run
@@ -7,83 +7,139 @@ methods:
   atoms m=6: {method: atoms, m: 6}
   lora: {rank: 4}
 seeds: 0-2
+
+`tasks: all` with `data_dir: vtab-1k` in the place of `data` is the same on every task of VTAB.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_atoms.classify.config import ClassifyConfig
 from sd_atoms.data.prompts import parse_seeds
+from sd_atoms.data.vtab import PREFIX, Task, load_tasks
 from sd_atoms.errors import UserError
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.queue import Job, lock_of
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.rows import mean_of
-from sd_atoms.settings import plain_values, read_config, resolve, shown
+from sd_atoms.settings import plain_values, read_config, resolve, setting, shown, unmet_needs
 from sd_atoms.training.run_folder import CONFIG, METRICS, changed_settings
 
-KEYS = ("output_dir", "settings", "methods", "seeds")
+WHAT = "what is compared"
 FORCED = ("output_dir", "seed", "overwrite", "resume_from_checkpoint")
+OF_TASKS = ("data", "dataset_dir", "test_data", "keep_head")
 QUEUE = "queue"
 
 
 @dataclass(frozen=True)
+class ClassifierExperiment:
+    """Settings of a comparison besides `settings` and `methods`."""
+
+    output_dir: str = setting(None, WHAT, "folder of all runs and of the report", required=True)
+    seeds: str = setting("0", WHAT, "of the trainings, such as 0-2: as many runs of each method and task")
+    tasks: str | None = setting(
+        None,
+        WHAT,
+        "all, natural, specialized, structured, demo, or names with commas between; none = the settings' own data",
+    )
+    data_dir: str | None = setting(None, WHAT, "folder that holds the folders of the tasks", needs=["tasks"])
+
+
+@dataclass(frozen=True)
 class ClassifierRun:
-    """One training: its name is that of its folder below runs/."""
+    """One training: its name is that of its folder below runs/. task: of VTAB, "" where the settings name the data."""
 
     name: str
+    task: str
     method: str
     config: ClassifyConfig
 
 
-def read_runs(path: str, output_dir: str | None = None) -> tuple[Path, list[ClassifierRun]]:
-    """The folder of a comparison and its runs.
+@dataclass(frozen=True)
+class ClassifierPlan:
+    """A comparison with all its runs. tasks: those of VTAB, none where the settings name the data."""
+
+    folder: Path
+    tasks: tuple[Task, ...]
+    runs: tuple[ClassifierRun, ...]
+
+
+def read_classifier_plan(path: str, flags: Mapping[str, Any]) -> ClassifierPlan:
+    """A comparison from its file and the flags that win over it; `methods` of these are labels of the file.
 
     Raises:
-        UserError: everything that is wrong with the file, in one line.
+        UserError: everything that is wrong, in one line.
     """
-    entries = read_config(path)
-    problems = [f"unknown key {shown(key)}; {', '.join(KEYS)} are known" for key in entries if key not in KEYS]
-    shared, methods = entries.get("settings") or {}, entries.get("methods")
+    entries, flags = dict(read_config(path)), dict(flags)
+    shared, methods, asked = (
+        entries.pop("settings", None) or {},
+        entries.pop("methods", None),
+        flags.pop("methods", None),
+    )
+    try:
+        texts = {name: ",".join(map(str, own)) if isinstance(own, list) else own for name, own in entries.items()}
+        texts |= {"seeds": str(texts["seeds"])} if "seeds" in texts else {}
+        experiment = resolve(ClassifierExperiment, {**texts, **flags})
+        tasks = () if experiment.tasks is None else tuple(load_tasks(experiment.tasks))
+        seeds = parse_seeds(experiment.seeds)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).replace('--', '')}") from error
+    problems = unmet_needs(experiment)
     if not isinstance(shared, dict):
         problems.append(f"settings: `name: value` lines are needed, got {shown(shared)}")
+    elif tasks:
+        problems += [f"settings: {name}: the tasks decide it" for name in OF_TASKS if name in shared]
+        problems += ["data_dir is required with tasks"] if experiment.data_dir is None else []
     if not isinstance(methods, dict) or not methods:
         problems.append("methods: one or more are needed, each with its settings or nothing behind its label")
     else:
         problems += [f"methods.{label}: {shown(own)} is no settings" for label, own in methods.items()
                      if own is not None and not isinstance(own, dict)]  # fmt: skip
-    folder = output_dir or entries.get("output_dir")
-    if not isinstance(folder, str):
-        problems.append("output_dir is required")
+        chosen = list(methods) if asked is None else [name.strip() for name in asked.split(",")]
+        problems += [f"methods: {name!r}: of {', '.join(map(str, methods))}" for name in chosen if name not in methods]
+        methods = {str(label): own for label, own in methods.items() if label in chosen}
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
-    runs, seeds = [], parse_seeds(str(entries.get("seeds", 0)))
+    if len({safe_name(label).lower() for label in methods}) < len(methods):
+        raise UserError(f"{path}: methods: two labels have one name for their folder")
+    runs, folder = [], Path(experiment.output_dir)
     for label, own in methods.items():
-        values = shared | {"method": str(label)} | (own or {})
+        values = shared | {"method": label} | (own or {})
         taken = [name for name in FORCED if name in values]
         if taken:
             problems.append(f"methods.{label}: {', '.join(taken)} is what the comparison decides")
             continue
-        for seed in seeds:
-            name = f"{safe_name(str(label))}/seed-{seed}"
-            given = values | {"seed": seed, "output_dir": str(Path(folder) / "runs" / name)}
-            try:
-                runs.append(ClassifierRun(name, str(label), resolve(ClassifyConfig, given)))
-            except UserError as error:
-                problems.append(f"methods.{label}: {error}")
-                break
-    if len({run.name.lower() for run in runs}) < len(runs):
-        problems.append("methods: two labels have one name for their folder")
+        try:
+            runs += [
+                _run(folder, task, label, values, experiment.data_dir, seed)
+                for task in tasks or (None,)
+                for seed in seeds
+            ]
+        except UserError as error:
+            problems.append(f"methods.{label}: {error}")
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
-    return Path(folder), runs
+    # task by task, so that one is whole as early as can be
+    order = [task.name for task in tasks]
+    return ClassifierPlan(folder, tasks, tuple(sorted(runs, key=lambda run: order.index(run.task) if order else 0)))
 
 
-def check_folder(folder: Path, runs: list[ClassifierRun]) -> None:
+def _run(
+    folder: Path, task: Task | None, label: str, values: Mapping[str, Any], data_dir: str | None, seed: int
+) -> ClassifierRun:
+    name = f"{safe_name(label)}/seed-{seed}"
+    if task is not None:
+        name = f"{safe_name(task.name)}/{name}"
+        values = values | {"data": f"{PREFIX}{task.name}", "dataset_dir": data_dir}
+    given = values | {"seed": seed, "output_dir": str(folder / "runs" / name)}
+    return ClassifierRun(name, "" if task is None else task.name, label, resolve(ClassifyConfig, given))
+
+
+def check_folder(runs: Sequence[ClassifierRun]) -> None:
     """Refuses to go on with runs of other settings.
 
     Raises:
@@ -100,7 +156,7 @@ def check_folder(folder: Path, runs: list[ClassifierRun]) -> None:
                 raise UserError(f"{path.parent}: holds a run of other settings: {'; '.join(changed)}; remove it")
 
 
-def jobs_of(folder: Path, runs: list[ClassifierRun]) -> list[Job]:
+def jobs_of(folder: Path, runs: Sequence[ClassifierRun]) -> list[Job]:
     """Every run as a process of its own, which goes on where it died."""
     made = []
     for run in runs:
@@ -115,7 +171,7 @@ def jobs_of(folder: Path, runs: list[ClassifierRun]) -> list[Job]:
     return made
 
 
-def rows_of(runs: list[ClassifierRun]) -> list[ClassifierRow]:
+def rows_of(runs: Sequence[ClassifierRun]) -> list[ClassifierRow]:
     """A row for each method that has finished runs."""
     rows = []
     for method in dict.fromkeys(run.method for run in runs):

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from sd_atoms.jobs.queue import (
     HOW,
     TAKEN,
     Job,
+    Slot,
     failure_of,
     forget_failure,
     interruptible,
     last_error,
     log_of,
     note_failure,
+    run_jobs,
     state_of,
 )
 from sd_atoms.machine import GIVEN_CORES
@@ -55,6 +58,50 @@ class ClusterSettings:
         None, HOW, "further ones of sbatch, such as account=me,constraint=a100", needs=["executor=slurm"]
     )
     ray_address: str = setting("auto", HOW, "of the cluster; auto = the one on this machine", needs=["executor=ray"])
+
+
+def do_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    slots: Sequence[Slot],
+    settings: ClusterSettings,
+    words: Sequence[str],
+    told: Callable[[str], None],
+) -> dict[str, str]:
+    """Does all jobs that are not done, wherever the settings say.
+
+    Args:
+        jobs: without needs.
+        folder: of locks and logs; for a cluster on the shared disk.
+        slots: of this machine.
+        settings: where.
+        words: that start the same work again, for workers elsewhere.
+        told: gets a line on each job that ended.
+
+    Returns:
+        name -> why it failed, of those that did.
+
+    Raises:
+        UserError: the cluster cannot be used.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same words go on.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a comparison starts its runs itself; start it without accelerate launch")
+    if settings.executor == "local":
+        return run_jobs(jobs, folder, slots, told)
+    if settings.executor == "ray":
+        return run_on_ray(jobs, folder, settings, told)
+    if all(job.done.exists() for job in jobs):
+        return {}
+    for job in jobs:
+        forget_failure(folder, job.name)
+    number = submit_workers(words, folder / "slurm", settings)
+    told(f"Slurm job {number}: {settings.workers} workers; --status tells how far they are")
+    try:
+        return watch_jobs(jobs, folder, told)
+    except KeyboardInterrupt:
+        print(f"The workers go on. They stop by: scancel {number}", file=sys.stderr)
+        raise
 
 
 class Worker:

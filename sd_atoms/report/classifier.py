@@ -126,21 +126,25 @@ def rows_markdown(title: str, rows: Sequence[ClassifierRow], failed: Mapping[str
     cells = [
         [
             escaped(row.method), str(row.seeds), f"{row.parameters:,}", f"{row.parameters + row.head:,}",
-            *(_share(figure) for figure in (row.test, row.train, row.gap)), f"{row.calibration:.3f}",
+            *(share_text(figure) for figure in (row.test, row.train, row.gap)), f"{row.calibration:.3f}",
             f"{row.seconds:,.0f}", f"{row.memory_gb:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
     best = max(rows, key=lambda row: row.test[0])
-    parts = [f"# {escaped(title)}", f"{escaped(best.method)} has the highest test accuracy, {_share(best.test)}."]
+    parts = [f"# {escaped(title)}", f"{escaped(best.method)} has the highest test accuracy, {share_text(best.test)}."]
     parts.append(table(header, cells, right=[False, *[True] * (len(header) - 1)]))
     parts.append(
         "Accuracies in percent; ± is half an interval of 95 %, the wider one of two: over images, and over seeds. "
         "parameters: trained besides the head. ECE: calibration error."
     )
-    if failed:
-        parts.append("Failed:\n\n" + "\n".join(f"- {escaped(name)}: {escaped(why)}" for name, why in failed.items()))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + failures_markdown(failed)) + "\n"
+
+
+def failures_markdown(failed: Mapping[str, str]) -> list[str]:
+    """A paragraph on the runs that failed, or none."""
+    lines = "\n".join(f"- {escaped(name)}: {escaped(why)}" for name, why in failed.items())
+    return [f"Failed:\n\n{lines}"] if failed else []
 
 
 def rows_csv(rows: Sequence[ClassifierRow]) -> str:
@@ -180,6 +184,7 @@ def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> Figure:
     return figure
 
 
-def _share(figure: tuple[float, float | None, float | None]) -> str:
+def share_text(figure: tuple[float, float | None, float | None]) -> str:
+    """A mean in percent with half its interval."""
     value, low, high = figure
     return f"{100 * value:.1f}" + ("" if low is None else f" ± {50 * (high - low):.1f}")

@@ -10,7 +10,9 @@ from torch import nn
 
 from sd_atoms.bench import architectures, decompose, forms, serve, step, worker
 from sd_atoms.bench.architectures import conv3x3_calls
+from sd_atoms.bench.classifiers import CLASSIFIERS, build_classifier
 from sd_atoms.bench.methods import OTHERS, attach
+from sd_atoms.classify.config import NOT_OFFERED
 from sd_atoms.cli import main
 from sd_atoms.methods import all_methods
 from sd_atoms.pipeline.architectures import SD_V1_4, build_unet, unet_config
@@ -51,7 +53,7 @@ def sd_unet():
 
 def measure(method, **changes):
     job = dict(method=method, resolution=32, batch_size=2, steps=2, threads=1, device="cpu", dtype="fp32")
-    return worker.measure({"unet_config": TINY, **job, **changes})
+    return worker.measure({"config": TINY, **job, **changes})
 
 
 def test_step_compares_methods_and_a_failing_one_fails_alone(bench, monkeypatch, tmp_path):
@@ -90,6 +92,42 @@ def test_every_method_takes_its_steps(method):
     assert min(result["seconds"]) > 0
     assert result["peak_bytes"] > 2**20
     assert (result["trainable_numbers"] == 0) == (method == "floor")
+
+
+# PEFT's OFT cannot take ConvNeXt's channels-last Linear layers, and ResNet has none besides the head
+CLASSIFIER_METHODS = [*OTHERS, *(name for name in all_methods() if name not in (*NOT_OFFERED, "oft"))]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    ],
+    ids=lambda config: config["model_type"],
+)
+@pytest.mark.parametrize("method", CLASSIFIER_METHODS)
+def test_every_method_takes_its_steps_in_a_classifier(method, config):
+    result = measure(method, config=config)
+    assert min(result["seconds"]) > 0
+    assert (result["trainable_numbers"] == 0) == (method == "floor")
+
+
+def test_classifiers_have_the_published_sizes():
+    sizes = {"convnext-b": 88_591_464, "resnet50": 25_557_032}
+    for arch, size in sizes.items():
+        with torch.device("meta"):
+            classifier = build_classifier(CLASSIFIERS[arch], "meta")
+        assert sum(parameter.numel() for parameter in classifier.parameters()) == size
+
+
+def test_a_classifier_is_measured_by_the_command(bench, monkeypatch):
+    tiny = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    monkeypatch.setitem(step.CLASSIFIERS, "resnet50", tiny)
+    words = ["--resolution", "36", "--rounds", "1", "--steps", "1", "--methods", "floor,atoms"]
+    printed = bench("step", "--arch", "resnet50", *words)
+    assert "resnet50, 36 px" in printed
+    assert "1.00×" in printed
 
 
 @pytest.mark.parametrize("method", ["floor", "atoms", "naive"])

@@ -5,9 +5,11 @@ import json
 
 import pytest
 import yaml
-from small import write_classes, write_model
+from small import COLOURS, coloured, write_classes, write_model
 
 from sd_atoms.cli import main
+from sd_atoms.report.classifier import ClassifierRow
+from sd_atoms.report.classifier_tasks import group_means, mean_rows, tasks_markdown
 
 
 def experiment(folder, **changes):
@@ -71,3 +73,71 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, changes, message):
     assert main(["classify", "compare", experiment(tmp_path, **changes)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def on_tasks(folder, **changes):
+    """An experiment on two tasks of VTAB, Patch Camelyon as folders of classes."""
+    for split, count in (("train", 4), ("test", 4)):
+        for name, colour in zip(("without", "with"), COLOURS, strict=False):
+            place = folder / "vtab" / "patch_camelyon" / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                coloured(colour, number + 10 * (split == "test")).save(place / f"{number}.png")
+    path = experiment(folder)
+    entries = yaml.safe_load((folder / "e.yaml").read_text())
+    del entries["settings"]["data"]
+    entries |= {"data_dir": str(folder / "vtab"), "tasks": "patch_camelyon", **changes}
+    (folder / "e.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
+    return path
+
+
+def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
+    words = ["vtab", "run", "--kind", "classify", "--config", on_tasks(tmp_path)]
+    assert main([*words, "--dry_run"]) == 0
+    assert "patch_camelyon/head/seed-3: 2 steps" in capsys.readouterr().out
+    assert main([*words, "--methods", "head"]) == 0
+    lines = list(csv.DictReader((tmp_path / "out" / "report" / "table.csv").open()))
+    assert [(line["task"], line["method"]) for line in lines] == [("patch_camelyon", "head")]
+    run = json.loads((tmp_path / "out" / "runs" / "patch_camelyon" / "head" / "seed-3" / "metrics.json").read_text())
+    assert float(lines[0]["test"]) == run["test"]["accuracy"]["value"]
+    assert "| specialized | mean |" in (tmp_path / "out" / "report" / "table.md").read_text()
+    capsys.readouterr()
+    assert main([*words, "--status"]) == 0
+    assert "1 done" in capsys.readouterr().out
+    for flags, message in {
+        ("--images", "7"): "images: of kind=generate alone",
+        ("--run", "x"): "run needs kind=generate",
+        ("--tasks", "nowhere"): "nowhere",
+        ("--methods", "lora"): "'lora': of head, atoms m=4",
+    }.items():
+        assert main([*words, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"model": "x", "data": "y"}}, "settings: data: the tasks decide it"),
+        ({"data_dir": None}, "data_dir is required with tasks"),
+        ({"tasks": None}, "data_dir needs tasks"),
+    ],
+)
+def test_tasks_and_data_do_not_mix(tmp_path, capsys, changes, message):
+    assert main(["classify", "compare", on_tasks(tmp_path, **changes)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def row(method, accuracy, train=1.0):
+    means = ((accuracy, None, None), (train, None, None), (train - accuracy, None, None))
+    return ClassifierRow(method, 1, 10, 2, *means, 0.1, 1.0, 0.5)
+
+
+def test_means_are_over_groups_and_only_where_every_task_is_done():
+    groups = {"a": "natural", "b": "natural", "c": "structured"}
+    by_task = {"a": [row("x", 0.2), row("y", 0.3)], "b": [row("x", 0.4), row("y", 0.5)], "c": [row("x", 0.9)]}
+    means = group_means(by_task, groups)
+    assert means["x"] == pytest.approx({"natural": 0.3, "structured": 0.9, "mean": 0.6})
+    assert means["y"]["structured"] is means["y"]["mean"] is None
+    (mean,) = mean_rows(by_task, groups)
+    assert (mean.method, mean.test[0], mean.gap[0]) == ("x", pytest.approx(0.6), pytest.approx(0.4))
+    assert "| y | 10 | 12 | 30.0 | 50.0 | – | 40.0 | – | – |" in tasks_markdown("t", by_task, groups, {})

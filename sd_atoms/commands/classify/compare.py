@@ -1,18 +1,32 @@
 """Trains classifiers by several methods on the same images and seeds: accuracy and the gap between training and test
-against the number of trained parameters, as a table and as the paper's Figures 6 and 7.
+against the number of trained parameters, as a table and as the paper's Figures 6 and 7; on tasks of VTAB, Table 6.
 
 Stopped at any moment, the same command goes on; started twice, the work is divided.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
-from sd_atoms.jobs.classifiers import QUEUE, check_folder, jobs_of, read_runs, rows_of
-from sd_atoms.jobs.queue import HOW, QueueSettings, run_jobs, status_text
+from sd_atoms.jobs.classifiers import (
+    QUEUE,
+    ClassifierExperiment,
+    ClassifierPlan,
+    check_folder,
+    jobs_of,
+    read_classifier_plan,
+    rows_of,
+)
+from sd_atoms.jobs.cluster import ClusterSettings, do_jobs
+from sd_atoms.jobs.queue import HOW, QueueSettings, status_text
 from sd_atoms.report.classifier import accuracy_figure, rows_csv, rows_markdown
-from sd_atoms.settings import add_flags, fields_of, resolve, section, setting
+from sd_atoms.report.classifier_tasks import mean_rows, tasks_csv, tasks_markdown
+from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, unmet_needs
 
 
 @dataclass(frozen=True)
@@ -20,15 +34,18 @@ class Working:
     """How a comparison is worked through."""
 
     queue: QueueSettings = section(QueueSettings)
-    output_dir: str | None = setting(None, HOW, "where it goes; none = as the file says")
+    cluster: ClusterSettings = section(ClusterSettings)
     dry_run: bool = setting(False, HOW, "only list the runs")
+    report: bool = setting(True, HOW, "write the report at the end")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the file, and every flag."""
     parser.usage = "%(prog)s FILE [--FLAG VALUE …]"
     parser.add_argument("file", metavar="FILE", help="YAML file of the comparison, or a packaged one")
+    parser.add_argument("--methods", default=argparse.SUPPRESS, help="only these of the file; comma-separated")
     add_flags(parser, Working)
+    add_flags(parser, ClassifierExperiment)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,31 +57,81 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
     """
     flags = vars(arguments)
-    working = resolve(Working, {name: flags[name] for name in fields_of(Working) if name in flags})
-    folder, runs = read_runs(flags["file"], working.output_dir)
-    jobs = jobs_of(folder, runs)
-    if working.dry_run:
-        for own in runs:
+    file = flags.pop("file")
+    working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    if problems := unmet_needs(working):
+        raise UserError("; ".join(problems))
+    words = [sys.executable, "-m", "sd_atoms", "classify", "compare", file]
+    words += [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
+
+
+def compare(
+    file: str,
+    flags: Mapping[str, Any],
+    queue: QueueSettings,
+    cluster: ClusterSettings,
+    words: Sequence[str],
+    dry_run: bool,
+    with_report: bool,
+) -> None:
+    """`run`, and `sd-atoms vtab run --kind classify`.
+
+    Args:
+        file: of the comparison.
+        flags: that win over it.
+        queue, cluster: how and where.
+        words: that start it again, for workers elsewhere.
+        dry_run: only list the runs.
+        with_report: write the report at the end.
+
+    Raises:
+        UserError, SystemExit, KeyboardInterrupt: as `run`.
+    """
+    plan = read_classifier_plan(file, flags)
+    jobs = jobs_of(plan.folder, plan.runs)
+    if dry_run:
+        for own in plan.runs:
             loop = own.config.loop
             length = f"{loop.num_train_epochs} epochs" if loop.num_train_epochs else f"{loop.max_train_steps} steps"
             print(f"{own.name}: {length}")
         return
-    if working.queue.status:
-        print(status_text(jobs, folder / QUEUE, _seconds, lambda job: ""))
+    if queue.status:
+        print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
-    check_folder(folder, runs)
-    failed = run_jobs(jobs, folder / QUEUE, working.queue.slots(), lambda text: print(text, flush=True))
-    rows, report = rows_of(runs), folder / "report"
-    if rows:
-        title = f"{runs[0].config.data.data}, {runs[0].config.network.model}"
-        write_text(report / "table.md", rows_markdown(title, rows, failed))
-        write_text(report / "table.csv", rows_csv(rows))
-        write_json(report / "results.json", {"rows": [asdict(row) for row in rows], "failed": failed})
-        with replacing(report / "accuracy.png") as temporary:
-            accuracy_figure(title, rows).savefig(temporary, format="png")
-        print(f"\n{rows_markdown(title, rows, failed)}\n{report} has it, with accuracy.png")
+    check_folder(plan.runs)
+    failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"], _told)
+    if with_report:
+        report(plan, failed)
     if failed:
         raise SystemExit(1)
+
+
+def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:
+    """Writes tables and figures of all runs that are done."""
+    network, folder = plan.runs[0].config.network.model, plan.folder / "report"
+    if plan.tasks:
+        by_task = {task.name: rows_of([run for run in plan.runs if run.task == task.name]) for task in plan.tasks}
+        groups = {task.name: task.group for task in plan.tasks}
+        rows, title = mean_rows(by_task, groups), f"VTAB, {network}"
+        markdown, table = tasks_markdown(title, by_task, groups, failed), tasks_csv(by_task)
+        results = {"tasks": {name: [asdict(row) for row in own] for name, own in by_task.items()}}
+    else:
+        rows, title = rows_of(plan.runs), f"{plan.runs[0].config.data.data}, {network}"
+        markdown, table = rows_markdown(title, rows, failed) if rows else "", rows_csv(rows)
+        results = {"rows": [asdict(row) for row in rows]}
+    if not rows:
+        return
+    write_text(folder / "table.md", markdown)
+    write_text(folder / "table.csv", table)
+    write_json(folder / "results.json", {**results, "failed": dict(failed)})
+    with replacing(folder / "accuracy.png") as temporary:
+        accuracy_figure(title, rows).savefig(temporary, format="png")
+    print(f"\n{markdown}\n{folder} has it, with accuracy.png")
+
+
+def _told(text: str) -> None:
+    print(text, flush=True)
 
 
 def _seconds(job) -> float | None:

@@ -5,7 +5,6 @@ never repeated (docs/vtab.md, docs/cluster.md).
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,10 +14,12 @@ from typing import Any
 import yaml
 
 from sd_atoms.commands import train
+from sd_atoms.commands.classify import compare
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
-from sd_atoms.jobs.cluster import ClusterSettings, run_on_ray, submit_workers, watch_jobs
+from sd_atoms.jobs.classifiers import ClassifierExperiment
+from sd_atoms.jobs.cluster import ClusterSettings, do_jobs
 from sd_atoms.jobs.experiment import FORCED
 from sd_atoms.jobs.plan import PRETRAINED, Run
 from sd_atoms.jobs.queue import (
@@ -27,10 +28,8 @@ from sd_atoms.jobs.queue import (
     Job,
     QueueSettings,
     Taken,
-    forget_failure,
     held,
     note_failure,
-    run_jobs,
     status_text,
 )
 from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
@@ -44,15 +43,22 @@ from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, 
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
 
+KINDS = ("generate", "classify")
+
 
 @dataclass(frozen=True)
 class Working:
     """How an experiment is worked through."""
 
+    kind: str = setting(
+        "generate", HOW, "what is trained on each data set: Stable Diffusion, or classifiers", choices=KINDS
+    )
     queue: QueueSettings = section(QueueSettings)
     cluster: ClusterSettings = section(ClusterSettings)
     dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
-    run: str | None = setting(None, HOW, "do this one run here and now, as every executor does")
+    run: str | None = setting(
+        None, HOW, "do this one run here and now, as every executor does", needs=["kind=generate"]
+    )
     report: bool = setting(True, HOW, "write the report at the end")
 
 
@@ -78,6 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
     if problems := unmet_needs(working):
         raise UserError("; ".join(problems))
+    if working.kind == "classify":
+        classify(file, flags, working)
+        return
     plan = read_set_plan(file, flags)
     if working.run is not None:
         run_one(plan, working.run)
@@ -92,6 +101,16 @@ def run(arguments: argparse.Namespace) -> None:
             report(plan, failed)
         if failed:
             raise SystemExit(1)
+
+
+def classify(file: str, flags: Mapping[str, Any], working: Working) -> None:
+    """The same sets with classifiers: as `classify compare`; raises as `run`."""
+    known = {*fields_of(ClassifierExperiment), "methods"}
+    foreign = [name for name, value in flags.items() if name not in known and value is not None]
+    if foreign:
+        raise UserError(f"{', '.join(foreign)}: of kind=generate alone")
+    words = (*command(file, flags), "--kind=classify")
+    compare.compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
 
 
 def run_one(plan: SetPlan, name: str) -> None:
@@ -117,35 +136,15 @@ def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[
         plan: the experiment.
         jobs: its runs.
         working: where and how.
-        words: that start the experiment again, for workers elsewhere.
+        words: that start the experiment again.
 
     Raises:
         UserError, KeyboardInterrupt: as `run`.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("vtab run starts its runs itself; start it without accelerate launch")
     check_plan(plan)
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
-    slots, queue, cluster = working.queue.slots(), plan.folder / QUEUE, working.cluster
-
-    def told(text: str) -> None:
-        print(text, flush=True)
-
-    if cluster.executor == "local":
-        return run_jobs(jobs, queue, slots, told)
-    if cluster.executor == "ray":
-        return run_on_ray(jobs, queue, cluster, told)
-    if all(job.done.exists() for job in jobs):
-        return {}
-    for job in jobs:
-        forget_failure(queue, job.name)
-    number = submit_workers([*words, "--no-report"], queue / "slurm", cluster)
-    told(f"Slurm job {number}: {cluster.workers} workers; --status tells how far they are")
-    try:
-        return watch_jobs(jobs, queue, told)
-    except KeyboardInterrupt:
-        print(f"The workers go on. They stop by: scancel {number}", file=sys.stderr)
-        raise
+    words = (*words, "--no-report")
+    return do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, words, _told)
 
 
 def check_plan(plan: SetPlan) -> None:
@@ -230,6 +229,10 @@ def experiment_yaml(plan: SetPlan) -> str:
         del shared[name]
     parts = {"settings": shared, "methods": dict(plan.methods)}
     return to_yaml(plan.experiment) + yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=119)
+
+
+def _told(text: str) -> None:
+    print(text, flush=True)
 
 
 def _seconds_of(job: Job) -> float | None:

@@ -1,0 +1,113 @@
+"""Methods on many tasks side by side: the accuracy on each, and the means of their groups (the paper's Table 6)."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from sd_atoms.report.classifier import ClassifierRow, failures_markdown, share_text
+from sd_atoms.report.markdown import escaped, table
+
+MEAN = "mean"
+
+
+def group_means(
+    by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str]
+) -> dict[str, dict[str, float | None]]:
+    """Method -> group -> mean test accuracy over its tasks, and under "mean" that over the groups.
+
+    None where a task of the group, or a group, has none: a mean over fewer tasks is another figure.
+
+    Args:
+        by_task: task -> the rows of its methods.
+        groups: task -> its group.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for method in methods_of(by_task):
+        accuracy = {name: row.test[0] for name, rows in by_task.items() for row in rows if row.method == method}
+        means: dict[str, float | None] = {}
+        for group in dict.fromkeys(groups.values()):
+            members = [name for name, own in groups.items() if own == group]
+            whole = all(name in accuracy for name in members)
+            means[group] = sum(accuracy[name] for name in members) / len(members) if whole else None
+        known = [value for value in means.values() if value is not None]
+        found[method] = means | {MEAN: sum(known) / len(known) if len(known) == len(means) else None}
+    return found
+
+
+def mean_rows(by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str]) -> list[ClassifierRow]:
+    """For each method that is done on every task a row of means over the groups' means."""
+    means, rows = group_means(by_task, groups), []
+    for method, own in means.items():
+        if own[MEAN] is None:
+            continue
+        found = [row for task in by_task.values() for row in task if row.method == method]
+        count = len(found)
+        train = {
+            group: [
+                row.train[0] for name, task in by_task.items() if groups[name] == group for row in task
+                if row.method == method
+            ]
+            for group in dict.fromkeys(groups.values())
+        }  # fmt: skip
+        of_train = sum(sum(values) / len(values) for values in train.values()) / len(train)
+        rows.append(
+            ClassifierRow(
+                method=method,
+                seeds=min(row.seeds for row in found),
+                parameters=round(sum(row.parameters for row in found) / count),
+                head=round(sum(row.head for row in found) / count),
+                test=(own[MEAN], None, None),
+                train=(of_train, None, None),
+                gap=(of_train - own[MEAN], None, None),
+                calibration=sum(row.calibration for row in found) / count,
+                seconds=sum(row.seconds for row in found) / count,
+                memory_gb=max(row.memory_gb for row in found),
+            )
+        )
+    return rows
+
+
+def tasks_markdown(
+    title: str, by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str], failed: Mapping[str, str]
+) -> str:
+    """The table, a column for each task and each group, and what they mean."""
+    means, kinds = group_means(by_task, groups), dict.fromkeys(groups.values())
+    lines = []
+    for method, own in means.items():
+        found = {name: row for name, rows in by_task.items() for row in rows if row.method == method}
+        heads = round(sum(row.head for row in found.values()) / len(found))
+        parameters = round(sum(row.parameters for row in found.values()) / len(found))
+        lines.append(
+            [
+                escaped(method), f"{parameters:,}", f"{parameters + heads:,}",
+                *(share_text(found[name].test) if name in found else "–" for name in by_task),
+                *("–" if own[kind] is None else f"{100 * own[kind]:.1f}" for kind in (*kinds, MEAN)),
+            ]
+        )  # fmt: skip
+    header = ["method", "parameters", "with head", *map(escaped, by_task), *kinds, MEAN]
+    parts = [f"# {escaped(title)}", table(header, lines, right=[False, *[True] * (len(header) - 1)])]
+    parts.append(
+        "Test accuracies in percent; ± is half an interval of 95 %, the wider one of two: over images and over seeds. "
+        "mean: of the groups' means. parameters: trained besides the head, mean over the tasks."
+    )
+    return "\n\n".join(parts + failures_markdown(failed)) + "\n"
+
+
+def tasks_csv(by_task: Mapping[str, Sequence[ClassifierRow]]) -> str:
+    """The same for other programs, a line for each task and method."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["task", "method", "seeds", "parameters", "head", "test", "test low", "test high", "train", "seconds"]
+    )
+    for name, rows in by_task.items():
+        for row in rows:
+            writer.writerow(
+                [name, row.method, row.seeds, row.parameters, row.head, *row.test, row.train[0], row.seconds]
+            )
+    return out.getvalue()
+
+
+def methods_of(by_task: Mapping[str, Sequence[ClassifierRow]]) -> list[str]:
+    """All methods, in the order of their first row."""
+    return list(dict.fromkeys(row.method for rows in by_task.values() for row in rows))
