@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def open_base(
     Args:
         name: "pocket", a folder as `save_pretrained` writes it, one .safetensors file under LDM's names, or a hub id.
         revision: git revision of a hub id; None = its main branch.
-        variant: file variant such as "fp16"; None = the plain files.
+        variant: file variant such as "fp16"; None = the plain files, or of a folder without them its only variant.
         base_config: of a base in one file, which has no configs and no tokenizer: a folder or hub id that has them, of
             the same architecture. Where the scheduler predicts v, it says so. None asks the hub, or what is cached.
         dtype: dtype of all weights.
@@ -56,6 +57,7 @@ def open_base(
         raise UserError(f"base_config: {base_config!r} is for a base in one file, and {name} is none")
     if revision is not None and os.path.exists(source):
         raise UserError(f"revision: {revision!r} is for a hub id, and {name} is a folder")
+    variant = variant or _only_variant(source)
     try:
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind != "StableDiffusionPipeline":
@@ -174,9 +176,21 @@ def quiet_unless_terminal() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def _variants(source: str) -> set[str]:
+    """The file variants of a folder's UNet, "" for the plain files; those of a sharded one are named alike."""
+    names = [file.name.split(".")[1:-1] for file in Path(source, "unet").glob("*.safetensors")]
+    return {re.sub(r"-\d{5}-of-\d{5}$", "", parts[0]) if parts else "" for parts in names}
+
+
+def _only_variant(source: str) -> str | None:
+    """The variant of a folder that has but one, and no plain files."""
+    variants = _variants(source)
+    return variants.pop() or None if len(variants) == 1 else None
+
+
 def _reason(source: str, variant: str | None, error: Exception) -> str:
     if os.path.isdir(source):
-        variants = {file.name.split(".")[-2] for file in Path(source, "unet").glob("*.*.safetensors")}
+        variants = _variants(source) - {""}
         if variants and variant not in variants:
             return f"its weights are of variant {', '.join(sorted(variants))} only; pass --variant {min(variants)}"
         return f"cannot be opened as a pipeline folder with safetensors files ({_first_line(error)})"

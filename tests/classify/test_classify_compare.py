@@ -8,6 +8,7 @@ import yaml
 from small import COLOURS, coloured, write_classes, write_model
 
 from sd_atoms.cli import main
+from sd_atoms.jobs.classifiers import read_classifier_plan
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.classifier_tasks import group_means, mean_rows, tasks_markdown
 
@@ -125,6 +126,13 @@ def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
 def test_tasks_and_data_do_not_mix(tmp_path, capsys, changes, message):
     assert main(["classify", "compare", on_tasks(tmp_path, **changes)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("file", "count"), [("vtab/classify", 19 * 9 * 3), ("vtab/classify_demo", 9)])
+def test_packaged_plans_are_whole(file, count):
+    plan = read_classifier_plan(file, {})
+    assert len({run.name for run in plan.runs}) == len(plan.runs) == count
+    assert plan.runs[0].task == plan.tasks[0].name  # task by task
 
 
 def row(method, accuracy, train=1.0):

@@ -230,13 +230,25 @@ def test_a_file_with_numbers_that_are_not_finite_is_not_loaded(part, tiny, files
     assert "<castle>" not in tiny.tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["whole", "shards"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_the_only_variant_of_a_folder_is_opened_in_shards_too(tiny, tmp_path, variant, shards):
+    tiny.save_pretrained(tmp_path / "base", variant=variant, **shards)
+    assert (len(list((tmp_path / "base" / "unet").glob("*.safetensors"))) > 1) == bool(shards)
+    opened = open_base(str(tmp_path / "base"))
+    for part in ("unet", "vae", "text_encoder"):
+        own, expected = (getattr(pipe, part).state_dict() for pipe in (opened, tiny))
+        assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
+
+
 def test_bases_of_other_forms_are_named_with_what_helps(tiny, tmp_path):
     for name, message in (("model.safetensors", "corrupt"), ("model.ckpt", "only .safetensors files are read")):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(UserError, match=message):
             open_base(str(tmp_path / name))
-    tiny.save_pretrained(tmp_path / "half", variant="fp16")
-    with pytest.raises(UserError, match="--variant fp16"):
+    for variant in ("bf16", "fp16"):
+        tiny.save_pretrained(tmp_path / "half", variant=variant)
+    with pytest.raises(UserError, match="--variant bf16"):
         open_base(str(tmp_path / "half"))
     tiny.save_pretrained(tmp_path / "mute")
     for file in (tmp_path / "mute" / "tokenizer").iterdir():
