@@ -116,7 +116,7 @@ def read_classifier(path: str | Path) -> ClassifierFile:
         made = Preprocessing(
             int(made.size_px), float(made.crop_share), tuple(map(float, made.mean)), tuple(map(float, made.std))
         )
-        mark, state = from_text(about["fingerprint"]), {}
+        mark, method = from_text(about["fingerprint"]), str(about["method"])
         state = {key.removeprefix(ADAPTER): v for key, v in tensors.items() if key.startswith(ADAPTER)}
         settings = about["config"]
         if (settings is None) != (not state):
@@ -125,14 +125,12 @@ def read_classifier(path: str | Path) -> ClassifierFile:
         if settings is not None:
             config = peft_config(f"{path}: its header", settings)
             config.target_modules = settings["target_modules"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]})")
-    return ClassifierFile(
-        about["model"], str(about["method"]), config, state, head, names, made, mark, about.get("training") or {}
-    )
+    return ClassifierFile(about["model"], method, config, state, head, names, made, mark, about.get("training") or {})
 
 
 def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classifier, ClassifierFile]:

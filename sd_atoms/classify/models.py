@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.efficientnet import NAME as EFFICIENTNET
 from sd_atoms.evaluation.efficientnet import SIDE_PX, load_efficientnet
+from sd_atoms.pipeline.base import quiet_unless_terminal
 from sd_atoms.pipeline.fingerprint import fingerprint
 from sd_atoms.sources import resolve_source
 from sd_atoms.training.noise import generator
@@ -111,6 +112,7 @@ def open_classifier(
     Raises:
         UserError: there is no such model, or it is no classifier; one line.
     """
+    quiet_unless_terminal()
     if name == EFFICIENTNET:
         network, head, own = _Lite0(), "body.classifier", Preprocessing(SIDE_PX, 0.875)
     elif name.startswith(TIMM):
