@@ -11,6 +11,7 @@ from sd_atoms.data.prompts import load_templates
 from sd_atoms.errors import UserError
 from sd_atoms.settings import fields_of, launcher_notes, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.optimiser import with_defaults
 
 NEEDED = dict(pretrained_model_name_or_path="pocket", instance_data_dir="photos", instance_prompt="a <c>")
 
@@ -199,3 +200,10 @@ def test_every_command_calls_its_base_alike():
     assert takes == ["train", "doctor", "generate", "drift", "inspect", "export", "import", "extract"]
     config = resolve(TrainConfig, {"base": "pocket", "instance_data_dir": "photos", "instance_prompt": "a <c>"})
     assert config.base.pretrained_model_name_or_path == "pocket"
+
+
+@pytest.mark.parametrize("path", sorted(path.stem for path in Path("configs/sd14").glob("*.yaml")))
+def test_starting_settings_for_stable_diffusion_are_whole(path):
+    config = with_defaults(resolve(TrainConfig, {}, f"sd14/{path}"))
+    assert config.base.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
+    assert config.method.method == "atoms"

@@ -156,7 +156,7 @@ def train_classifier(
         optimiser=optimiser,
         validation=NoValidation(),
         output=config.output,
-        hooks=Hooks(begin, dict, lambda step: None),
+        hooks=Hooks(begin, lambda: ({}, {}), dict, lambda step: None),
         data=data,
     )
     classifier.eval()

@@ -31,6 +31,7 @@ NOT_VARIED = (
     "hub_model_id",
     "hub_private_repo",
 )
+FIRST, FACTORS = "first", (1 / 3, 1, 3)  # wider than two seeds differ, and three runs a person will wait for
 LONGEST_NAME = 200  # bytes, of a folder; usual disks have 255, and files beside it are called longer
 UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
 
@@ -40,9 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vary",
         action="append",
-        required=True,
+        default=[],
         metavar="FIELD=VALUE,VALUE,…",
         help="a setting and its values, such as learning_rate=3e-3,1e-2; several --vary make a grid",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=(FIRST,),
+        help="first: the learning rate at a third, once and three times what it would be; beside --vary or alone",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings; flags win over it, and --vary over both"
@@ -59,8 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the points that ran have a checkpoint on disk.
     """
     flags = vars(arguments)
-    vary, path = parse_vary(flags.pop("vary")), flags.pop("config")
+    vary, path, preset = parse_vary(flags.pop("vary")), flags.pop("config"), flags.pop("preset")
     queue = resolve(QueueSettings, {name: flags.pop(name) for name in fields_of(QueueSettings) if name in flags})
+    if preset is not None:
+        if "learning_rate" in vary:
+            raise UserError("preset: it varies learning_rate itself; leave one of both out")
+        vary = {"learning_rate": usual_rates(flags, path)} | vary
+    if not vary:
+        raise UserError("vary or preset is required")
     if queue.status:
         points = grid_points(vary, flags, path)
         folder = Path(points[0].config.output.output_dir).parent
@@ -100,6 +112,18 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[str]]:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(f"--vary: {count}{'; '.join(problems)}")
     return vary
+
+
+def usual_rates(flags: Mapping[str, Any], config_path: str | None) -> list[str]:
+    """The learning rate that these settings have, or their method, times each of FACTORS, in two digits.
+
+    Raises:
+        UserError: the settings are wrong, or their method has no usual rate.
+    """
+    rate = with_defaults(resolve(TrainConfig, dict(flags), config_path)).optimiser.learning_rate
+    if not rate:
+        raise UserError("preset: there is no learning rate to multiply; give one")
+    return [f"{rate * factor:.2g}" for factor in FACTORS]
 
 
 def grid_points(vary: Mapping[str, Sequence[str]], flags: Mapping[str, Any], config_path: str | None) -> list[Point]:

@@ -28,6 +28,7 @@ from sd_atoms.training.steps import Hooks, run_steps
 from sd_atoms.training.validation import validation_loss
 from sd_atoms.tuner import AtomsConfig
 
+MOST_CHANGE = 0.7  # |ΔF|/|F| of atoms up to which good pictures were seen (docs/training.md)
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -148,7 +149,7 @@ def train_diffusion(
         pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()
     adapter = [p for name, p in parameters.items() if name.startswith("unet.")]
-    start, method = [mark(p) for p in adapter], config.method.chosen()
+    start, method, told = [mark(p) for p in adapter], config.method.chosen(), []
 
     def loss_of(denoiser, numbers: range) -> torch.Tensor:
         common = dict(schedule=schedule, objective=objective, seed=seed, empty=dataset.empty)
@@ -159,6 +160,18 @@ def train_diffusion(
                 from_teacher=config.prior.prior == "teacher", **common,
             )  # fmt: skip
         return sample_losses(batch, denoiser, plain, texts, objective, device).sum() / len(numbers)
+
+    def measure() -> tuple[dict[str, float], dict[str, str]]:
+        change = unet_change(pipe.unet)
+        if change is None:
+            return {}, {}
+        if change > MOST_CHANGE and method.name == "atoms" and not told:
+            told.append(change)
+            accelerator.print(
+                f"|ΔF|/|F| is {change:.2f}, and beyond {MOST_CHANGE} nothing is known of the pictures: take an "
+                "earlier step, or a lower learning_rate (docs/training.md)"
+            )
+        return {"relative_change": change}, {"change": f"{change:.1%}"}
 
     def validate() -> dict[str, float]:
         examples = dataset.held_out or dataset.examples
@@ -177,7 +190,7 @@ def train_diffusion(
         optimiser=config.optimiser,
         validation=config.validation,
         output=config.output,
-        hooks=Hooks(begin, validate, show),
+        hooks=Hooks(begin, measure, validate, show),
         data=dataset.digests,
     )
 

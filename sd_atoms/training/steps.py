@@ -27,11 +27,13 @@ from sd_atoms.training.run_folder import CHECKPOINTS, LOG, cut_log, read_log
 class Hooks(NamedTuple):
     """What a kind of training does besides the loss; all are called on every process.
 
-    begin: once all is ready; until then nothing is written. validate: the log's entries on how far the training is, a
-    `validation_loss` that can be compared between steps among them. show: the step at which images are wanted.
+    begin: once all is ready; until then nothing is written. measure: the log's entries at every checkpoint, and what
+    the bar says of them. validate: the log's entries on how far the training is, a `validation_loss` that can be
+    compared between steps among them. show: the step at which images are wanted.
     """
 
     begin: Callable[[], None]
+    measure: Callable[[], tuple[dict[str, float], dict[str, str]]]
     validate: Callable[[], dict[str, float]]
     show: Callable[[int], None]
 
@@ -101,7 +103,7 @@ def run_steps(
     earlier = read_log(folder / LOG)
     started = time.perf_counter() - (earlier[-1]["seconds"] if earlier else 0.0)
     first_step = progress.step
-    bar = progress_bar(total_steps, "Training", "step", first_step, main)
+    bar, notes = progress_bar(total_steps, "Training", "step", first_step, main), {}
     with listening() as stop, bar, open(folder / LOG if main else os.devnull, "a", encoding="utf-8") as log:
         for step in range(first_step, total_steps):
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -136,6 +138,10 @@ def run_steps(
                 "grad_norm": float(grad_norm),
                 "seconds": round(time.perf_counter() - started, 3),
             }
+            saves = done % output.checkpointing_steps == 0 or done == total_steps
+            if saves:
+                measures, notes = hooks.measure()
+                entry |= measures
             if validation.validation_loss_steps and done % validation.validation_loss_steps == 0:
                 with swapped_in(parameters, progress.mean):
                     entry |= hooks.validate()
@@ -147,11 +153,11 @@ def run_steps(
                 log.flush()
                 curves = {key: value for key, value in entry.items() if key not in ("step", "seconds")}
                 accelerator.log(curves, step=done)
-            bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{mean_loss:.3f}", **notes, refresh=False)
             bar.update()
             # a signal may reach one process only; all stop after the same step
             asked = int(accelerator.gather(torch.tensor([stop.signal_number], device=device)).max())
-            if main and (done % output.checkpointing_steps == 0 or done == total_steps or asked):
+            if main and (saves or asked):
                 save_checkpoint(
                     folder / CHECKPOINTS, progress, parameters, optimizer, accelerator.scaler,
                     output.checkpoints_total_limit,

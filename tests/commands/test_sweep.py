@@ -10,7 +10,7 @@ from helpers import CASTLE
 from safetensors import safe_open
 
 from sd_atoms.cli import main
-from sd_atoms.commands.sweep import grid_points, parse_vary, read_entry, sweep
+from sd_atoms.commands.sweep import grid_points, parse_vary, read_entry, sweep, usual_rates
 from sd_atoms.errors import UserError
 from sd_atoms.report.sweep import Entry, harmonic_mean, sweep_figure, sweep_markdown
 
@@ -225,7 +225,9 @@ def test_all_mistakes_in_what_is_varied_are_said_at_once(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "the following arguments are required: --vary"),
+        ([], "vary or preset is required"),
+        (["--preset", "first", "--vary", "learning_rate=1e-3"], "preset: it varies learning_rate itself"),
+        (["--preset", "second"], "invalid choice: 'second'"),
         (["--vary", "m=0,9"], "m=0: m=0, kc=0: no atoms at all"),
         (["--vary", "m=9", "--keep", "first"], "--keep: 'first' is not one of last, best"),
         (["--vary", "m=9", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
@@ -242,6 +244,18 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, problem)
     assert problem in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_first_sweep_is_around_the_rate_that_a_run_would_have():
+    assert usual_rates({"pretrained_model_name_or_path": "pocket"}, "pocket/castle") == ["0.0033", "0.01", "0.03"]
+    assert usual_rates({"method": "lora"}, "pocket/castle") == ["3.3e-05", "0.0001", "0.0003"]
+    assert usual_rates({"learning_rate": 0.3}, "pocket/castle") == ["0.1", "0.3", "0.9"]
+
+
+def test_the_first_sweep_goes_with_others(tmp_path, capsys):
+    words = ["sweep", "--preset", "first", "--vary", "m=4,9", "--status", *write(tmp_path)]
+    assert main(words) == 0
+    assert "6 waiting" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

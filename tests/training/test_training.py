@@ -343,6 +343,20 @@ def test_validation_loss_is_deterministic_and_takes_nothing_from_training(tmp_pa
     assert "validation_loss" not in log(again)[0]
 
 
+def test_a_run_tells_at_every_checkpoint_how_far_the_filters_have_moved(tmp_path, capsys):
+    folder = run(tmp_path / "far", learning_rate=0.5, checkpointing_steps=2)
+    entries, said = log(folder), capsys.readouterr().out
+    assert ["relative_change" in entry for entry in entries] == [entry["step"] % 2 == 0 for entry in entries]
+    assert (
+        entries[-1]["relative_change"]
+        == json.loads((folder / "metrics.json").read_text())["training"]["relative_change"]
+    )
+    assert said.count("beyond 0.7 nothing is known") == 1
+    near = run(tmp_path / "near", checkpointing_steps=2)
+    assert 0 < log(near)[-1]["relative_change"] < 0.7
+    assert "nothing is known" not in capsys.readouterr().out
+
+
 def test_validation_loss_leaves_every_module_in_the_mode_it_trains_in(pipe):
     config = config_of(**PLAIN)
     dataset, texts, schedule = adapted(pipe, config)
