@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "doctor",
     "generate",
+    "again",
     "evaluate",
     "drift",
     "compare",

@@ -34,6 +34,7 @@ def setting(
     required: bool = False,
     unless: Sequence[str] = (),
     item: type | None = None,
+    many: bool = False,
     positional: bool = False,
     aliases: Sequence[str] | Mapping[str, Any] = (),
     environment: str | None = None,
@@ -50,6 +51,7 @@ def setting(
         low, high: smallest and largest allowed number.
         required: None is no answer, unless one of the fields named in `unless` is set.
         item: the field is a tuple of these settings; a YAML list of mappings gives it, no flag does.
+        many: the field is a tuple of text; its flag may come several times, a YAML file gives one text or a list.
         positional: the command line gives it without its name.
         aliases: other names of the flag and YAML key; a mapping gives the value that such a switch stands for.
         environment: variable by which `accelerate launch` sets the same.
@@ -58,7 +60,7 @@ def setting(
             "loss_type=huber|smooth_l1".
     """
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required, unless=unless)
-    metadata |= dict(item=item, positional=positional, environment=environment, file=file, needs=needs)
+    metadata |= dict(item=item, many=many, positional=positional, environment=environment, file=file, needs=needs)
     metadata |= dict(aliases=dict(aliases) if isinstance(aliases, Mapping) else dict.fromkeys(aliases))
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -161,7 +163,13 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         meta, kind = field.metadata, _kind(owner, name)
         if meta["item"]:
             continue
-        note = " (required)" if meta["required"] else "" if field.default is None else f" (default: {field.default})"
+        note = (
+            " (required)"
+            if meta["required"]
+            else ""
+            if field.default in (None, ())
+            else f" (default: {field.default})"
+        )
         options = dict(help=(meta["help"] + note).replace("%", "%%"), default=argparse.SUPPRESS)
         if meta["positional"]:
             parser.add_argument(name, nargs=None if meta["required"] else "?", metavar=name.upper(), **options)
@@ -170,6 +178,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         same = [f"--{name}", *(f"--{alias}" for alias, value in meta["aliases"].items() if value is None)]
         if kind is bool:
             group.add_argument(*same, dest=name, action=argparse.BooleanOptionalAction, **options)
+        elif meta["many"]:
+            group.add_argument(*same, dest=name, metavar="STR", action="append", **options)
         else:
             metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else kind.__name__.upper()
             group.add_argument(*same, dest=name, metavar=metavar, **options)
@@ -332,6 +342,8 @@ def coerced(settings: type, name: Any, value: Any) -> Any:
         raise ValueError(f"unknown key {shown(name)}{_near(name if isinstance(name, str) else '', fields)}")
     owner, field = fields[name]
     item = field.metadata["item"]
+    if field.metadata["many"]:
+        return tuple(_coerce(field, str, entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
     if item is None or value is None:
         return _coerce(field, _kind(owner, name), value)
     return _items(item, value)

@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from sd_atoms.errors import AtomsWarning, UserError
@@ -13,10 +13,15 @@ LARGEST_SEED = 2**63 - 1
 MOST_SEEDS = 100_000  # far above any experiment; a slip such as 0-99999999999 must not fill the memory
 
 
-def load_templates(path: str | os.PathLike) -> list[str]:
+def load_templates(path: str | os.PathLike, words: Collection[str] = (), plain: bool = False) -> list[str]:
     """Reads one template per line from a UTF-8 file, or a packaged one such as "few_shot".
 
     `{}` stands for the concept, once per template. Blank lines and lines that start with `#` are skipped.
+
+    Args:
+        path: the file.
+        words: a line with one of them needs no `{}`.
+        plain: no line does.
 
     Raises:
         UserError: no such file, not UTF-8, no template in it, or a line whose braces are not one `{}`.
@@ -24,7 +29,8 @@ def load_templates(path: str | os.PathLike) -> list[str]:
     templates = _numbered_lines(path, "one per line, with {} for the concept")
     for number, template in templates:
         rest = template.replace("{}", "", 1)
-        if rest == template or "{" in rest or "}" in rest:
+        named = plain or any(word in template for word in words)
+        if (rest == template and not named) or "{" in rest or "}" in rest:
             raise UserError(f"{path}, line {number}: {template!r}: expected {{}} exactly once and no other braces")
     return [template for _, template in templates]
 

@@ -12,10 +12,11 @@ GRID_NOTE = "grid of"  # in the text of a grid, which is no image by itself
 
 
 def save_image(path: str | Path, image: Image.Image, notes: Mapping[str, str]) -> None:
-    """Writes a PNG whose text chunks say how it was made; all or nothing."""
+    """Writes a PNG whose text chunks say how it was made, but for empty ones; all or nothing."""
     text = PngImagePlugin.PngInfo()
     for key, value in notes.items():
-        text.add_itxt(key, str(value))
+        if value != "":
+            text.add_itxt(key, str(value))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 

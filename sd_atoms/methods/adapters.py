@@ -171,6 +171,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             setattr(model, LOADED, False)
 
 
+def unwrap(model: nn.Module) -> None:
+    """Puts layers that no adapter is left in back in the place of what wrapped them."""
+    for name, layer in tuner_layers(model).items():
+        if not layer._get_available_adapters():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer.get_base_layer())
+
+
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The layers that carry adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -29,6 +29,7 @@ def open_base(
     revision: str | None = None,
     variant: str | None = None,
     base_config: str | None = None,
+    inpainting: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionPipeline:
@@ -40,6 +41,7 @@ def open_base(
         variant: file variant such as "fp16"; None = the plain files, or of a folder without them its only variant.
         base_config: of a base in one file, which has no configs and no tokenizer: a folder or hub id that has them, of
             the same architecture. Where the scheduler predicts v, it says so. None asks the hub, or what is cached.
+        inpainting: take a base for inpainting too, whose UNet sees a mask beside the latents.
         dtype: dtype of all weights.
         device: where the weights go.
 
@@ -60,7 +62,7 @@ def open_base(
     variant = variant or _only_variant(source)
     try:
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
-        if kind != "StableDiffusionPipeline":
+        if kind != "StableDiffusionPipeline" and not (inpainting and kind == "StableDiffusionInpaintPipeline"):
             raise UserError(f"{name}: it is a {kind}; a StableDiffusionPipeline (v1 or v2) is needed")
         lacking = [part for part in PARTS if os.path.isdir(source) and not os.path.isdir(os.path.join(source, part))]
         if lacking:  # of a tokenizer, the library makes an empty one without a word

@@ -19,16 +19,16 @@ def training_resolution_px(pipe, resolution: int | None) -> int:
     return side
 
 
-def check_drawn_size(pipe, resolution: int | None) -> None:
-    """Refuses a size that the base cannot draw.
+def check_drawn_size(pipe, side_px: int | None, name: str = "resolution") -> None:
+    """Refuses a side that the base cannot draw; `name` is that of the setting.
 
     Raises:
         UserError: it is not a whole number of latents.
     """
-    if resolution is not None:
-        _check_multiple(resolution, pipe.vae_scale_factor)
+    if side_px is not None:
+        _check_multiple(side_px, pipe.vae_scale_factor, name)
 
 
-def _check_multiple(side_px: int, unit_px: int) -> None:
+def _check_multiple(side_px: int, unit_px: int, name: str = "resolution") -> None:
     if side_px % unit_px:
-        raise UserError(f"resolution: {side_px} is not a multiple of {unit_px}, which this base needs")
+        raise UserError(f"{name}: {side_px} is not a multiple of {unit_px}, which this base needs")

@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from adapters import write_adapter
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from files import LINEAR, kohya_file, lora
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_atoms.cli import main, train_main
-from sd_atoms.pipeline import read_artefact
+from sd_atoms.generation import image_notes
+from sd_atoms.pipeline import open_base, read_artefact
 from sd_atoms.pipeline.architectures import unet_config
 
 pytestmark = pytest.mark.slow
@@ -65,3 +69,44 @@ def test_trains_saves_loads_and_generates_at_256_px(base, tmp_path):
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     ours, theirs = tmp_path / "run" / "images" / "instance-00.png", tmp_path / "out" / "prompt00-seed0.png"
     assert Image.open(ours).tobytes() == Image.open(theirs).tobytes()
+
+
+@pytest.fixture(scope="module")
+def concepts(base, tmp_path_factory):
+    """Two concepts of filter atoms and a LoRA file of another program, with a photo and a mask."""
+    folder = tmp_path_factory.mktemp("concepts")
+    write_adapter(folder / "castle.safetensors", str(base), "atoms", size=0.02)
+    write_adapter(folder / "canal.safetensors", str(base), "atoms", size=0.02, tokens=("<canal>",))
+    weight = open_base(str(base)).unet.get_submodule(LINEAR).weight.detach()
+    kohya_file(folder / "style.safetensors", {LINEAR: lora(weight)[0]})
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(pixels).resize((300, 200)).save(folder / "photo.png")
+    mask = Image.new("L", (300, 200))
+    mask.paste(255, (40, 30, 200, 160))
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--adapter", "canal.safetensors=0.6", "--adapter", "style.safetensors=0.5", "--negative_prompt", "a lake",
+         "--width", "256", "--height", "192", "--scheduler", "euler_a", "--scheduler_options",
+         "timestep_spacing=trailing"],
+        ["--image", "photo.png", "--image_strength", "0.7", "--resolution", "192"],
+        ["--adapter", "canal.safetensors", "--image", "photo.png", "--mask_image", "mask.png", "--resolution", "192"],
+    ],
+    ids=["two concepts and a LoRA file", "img2img", "inpainting"],
+)  # fmt: skip
+def test_every_way_to_draw_and_again(base, concepts, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(concepts)
+    words = ["generate", "--adapter", "castle.safetensors=0.8", *words, "--base", str(base)]
+    prompt = "a <castle> beside a <canal>" if "canal.safetensors" in "".join(words) else "a <castle>"
+    out = tmp_path / "out"
+    words += ["--prompt", prompt, "--seeds", "3", "--num_inference_steps", "3", "--out", str(out)]
+    assert main(words) == 0
+    assert main(["again", str(out / "prompt00-seed3.png")]) == 0
+    ours, theirs = (np.asarray(Image.open(out / f"prompt00-seed3{end}.png")) for end in ("", "-again"))
+    assert (ours == theirs).all()
+    assert ours.std() > 1
+    assert image_notes(out / "prompt00-seed3.png")["command"].startswith("sd-atoms generate --adapter=castle")
