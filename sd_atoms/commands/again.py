@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd_atoms.commands import generate as first
+from sd_atoms.commands import drawing
 from sd_atoms.data.images import read_image
 from sd_atoms.files import check_outputs
 from sd_atoms.generation import Request, generate, picture_notes, save_image
@@ -38,12 +38,12 @@ def run(settings: Settings) -> Path:
     check_outputs(settings.overwrite, out=str(out))
     check_there(picture, made.files)
     parser = Parser(prog=f"the command in {picture}")
-    add_flags(parser, first.Settings)
+    add_flags(parser, drawing.Settings)
     known, unknown = parser.parse_known_args(words)
     accelerator = make_accelerator()
     torch.set_num_threads(made.threads)  # sums in another order differ in their last bits
-    own = first.prepare(resolve(first.Settings, vars(known), None, unknown), accelerator.device)
-    files = own.adapter_files | own.image_files
+    own = drawing.prepare(resolve(drawing.Settings, vars(known), None, unknown), accelerator.device)
+    files = own.adapters.files | own.images
     check_files(picture, made.files, files)
     request = Request(own.templates[0], own.seeds[0], picture.stem)
     # the last bits also depend on how many are drawn at once, and on the place among them, but not on the others

@@ -5,13 +5,15 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from adapters import write_adapter
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from files import LINEAR, kohya_file, lora
 from helpers import tiny_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sd_atoms.cli import main
+from sd_atoms.cli import main, train_main
 from sd_atoms.generation import image_notes, save_image
 from sd_atoms.pipeline import open_base
 
@@ -85,6 +87,29 @@ def test_the_command_in_a_picture_draws_it_too(place):
     assert "a castle beside a castle" in image_notes("o/base-prompt00-seed5.png")["prompt"]
     assert main(["again", "o/base-prompt00-seed5.png"]) == 0
     assert (pixels("o/base-prompt00-seed5-again.png") == pixels("o/base-prompt00-seed5.png")).all()
+
+
+@pytest.fixture
+def inpainting_base(place):
+    """A base whose UNet sees mask and picture, as a folder of diffusers'."""
+    pipe = open_base(BASE)
+    unet, state = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9}), pipe.unet.state_dict()
+    unet.load_state_dict(state | {"conv_in.weight": torch.cat([state["conv_in.weight"]] * 3, dim=1)[:, :9]})
+    made = StableDiffusionInpaintPipeline(**pipe.components | {"unet": unet}, requires_safety_checker=False)
+    made.save_pretrained(place / "inpainting")
+    return "inpainting"
+
+
+def test_a_base_for_inpainting_draws_in_masks_alone(place, inpainting_base, capsys):
+    words = ["--adapter", "castle.safetensors", "--base", inpainting_base, "--prompt", "a {}", "--image", "photo.png"]
+    assert draw(*words, "--mask_image", "mask.png") == 0
+    assert main(["again", "o/prompt00-seed3.png"]) == 0
+    assert "the same, bit for bit" in capsys.readouterr().out
+    assert draw(*words, out="p") == 2
+    assert "mask_image: this base is one for inpainting; image and mask_image are required" in capsys.readouterr().err
+    trains = ["--pretrained_model_name_or_path", inpainting_base, "--instance_data_dir", "pocket:castle"]
+    assert train_main([*trains, "--instance_prompt", "a castle", "--output_dir", "run"]) == 2
+    assert "it is a StableDiffusionInpaintPipeline; a StableDiffusionPipeline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--adapter", "--negative_prompt", "--image_strength", "--width", "--scheduler"])

@@ -64,7 +64,7 @@ def quick_base(tiny):
         return own
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("training.base", "commands.generate", "pipeline.inspection"):
+        for module in ("training.base", "commands.drawing", "pipeline.inspection"):
             patch.setattr(f"sd_atoms.{module}.open_base", opened)
         yield
 
