@@ -33,7 +33,7 @@ class Settings:
         (),
         MODEL,
         "run or adapter folder, one .safetensors file, LoRA files of other programs too, a run's checkpoint, or hub "
-        "id; PATH=0.8 sets its strength, and the flag may come several times",
+        "id; PATH=0.8 sets its strength, and the flag may come several times; without any, --base draws alone",
         many=True,
         required=True,
         unless=["pretrained_model_name_or_path"],
@@ -55,7 +55,7 @@ class Settings:
     prompts: str | None = setting(
         None,
         WHAT,
-        "text file of prompts, one per line, with {} or a word of the adapters in each, or few_shot",
+        "besides --prompt or in its place: text file, one per line, with {} or a word of the adapters, or few_shot",
         required=True,
         unless=["prompt"],
         file=True,
@@ -285,7 +285,8 @@ def _conditions(config: Settings, pipe, sampling: Sampling) -> Conditions:
     picture, mask, size_px = None, None, None
     if config.image is not None:
         asked = (config.width, config.height)
-        picture, mask = read_conditions_images(config.image, config.mask_image, side**2, asked, pipe.vae_scale_factor)
+        areas = (side**2, side**2 if config.resolution else 2 * side**2)
+        picture, mask = read_conditions_images(config.image, config.mask_image, areas, asked, pipe.vae_scale_factor)
         size_px = picture.size
     elif config.width or config.height:
         size_px = (config.width or side, config.height or side)

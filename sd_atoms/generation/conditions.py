@@ -39,14 +39,15 @@ class Conditions:
 
 
 def read_conditions_images(
-    image: str, mask: str | None, area_px: int, size_px: tuple[int | None, int | None], unit_px: int
+    image: str, mask: str | None, areas_px: tuple[int, int], size_px: tuple[int | None, int | None], unit_px: int
 ) -> tuple[Image.Image, Image.Image | None]:
     """A picture to start from, and its mask, cropped and scaled to the size that is drawn.
 
     Args:
         image: file of the picture.
         mask: file of the mask, as large as the picture; None without.
-        area_px: where the size is open: that of the size drawn, in the picture's own shape.
+        areas_px: where the size is open: the picture keeps its own if its area lies between these, and otherwise comes
+            to the first of them in its own shape.
         size_px: width and height, each None where it is open.
         unit_px: what sides are multiples of.
 
@@ -57,7 +58,7 @@ def read_conditions_images(
         UserError: a file cannot be read, they are of two sizes, or the mask has no white.
     """
     picture = read_image(image)
-    shape = size_px if None not in size_px else _size_like(picture, area_px, size_px, unit_px)
+    shape = size_px if None not in size_px else _size_like(picture, areas_px, size_px, unit_px)
     how = dict(center_crop=True, resample="lanczos", rng=None)
     if mask is None:
         return fit(picture, shape, **how), None
@@ -71,12 +72,16 @@ def read_conditions_images(
     return fit(picture, shape, **how), drawn
 
 
-def _size_like(picture: Image.Image, area_px: int, size_px: tuple[int | None, int | None], unit_px: int):
-    """Width and height of about that area in a picture's shape, or of its shape with one side given."""
-    aspect = picture.width / picture.height
+def _size_like(picture: Image.Image, areas_px: tuple[int, int], size_px: tuple[int | None, int | None], unit_px: int):
+    """Width and height in a picture's shape, with one side given or none."""
+    aspect, own = picture.width / picture.height, picture.width * picture.height
     width, height = size_px
     if width is None:
-        width = math.sqrt(area_px * aspect) if height is None else height * aspect
+        width = (
+            math.sqrt((own if areas_px[0] <= own <= areas_px[1] else areas_px[0]) * aspect)
+            if height is None
+            else height * aspect
+        )
     height = width / aspect if height is None else height
     return tuple(max(1, round(side / unit_px)) * unit_px for side in (width, height))
 

@@ -212,10 +212,13 @@ def test_pictures_come_to_the_size_that_is_drawn(tmp_path):
     wide = saved(tmp_path, PICTURE.resize((300, 200)), "wide.png")
     mask = saved(tmp_path, MASK.resize((300, 200)), "mask.png")
     for asked, size in (((None, None), (80, 56)), ((None, 64), (96, 64)), ((48, None), (48, 32)), ((64, 64),) * 2):
-        picture, drawn_mask = read_conditions_images(wide, mask, 64 * 64, asked, 8)
+        picture, drawn_mask = read_conditions_images(wide, mask, (64 * 64, 128 * 64), asked, 8)
         assert picture.size == drawn_mask.size == size
         assert (picture.mode, drawn_mask.mode) == ("RGB", "L")
-    assert read_conditions_images(wide, None, 64 * 64, (None, None), 8)[1] is None
+    assert read_conditions_images(wide, None, (64 * 64, 64 * 64), (None, None), 8)[1] is None
+    near = saved(tmp_path, PICTURE.resize((98, 64)), "near.png")
+    for most, size in ((128 * 64, (96, 64)), (64 * 64, (80, 48))):
+        assert read_conditions_images(near, None, (64 * 64, most), (None, None), 8)[0].size == size
 
 
 def test_masks_that_do_not_fit_are_refused_in_one_line(tmp_path):
@@ -228,7 +231,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(tmp_path):
         (str(tmp_path / "none.png"), "none.png: cannot be read"),
     ):
         with pytest.raises(UserError) as error:
-            read_conditions_images(picture, mask, 64 * 64, (None, None), 8)
+            read_conditions_images(picture, mask, (64 * 64, 64 * 64), (None, None), 8)
         assert message in str(error.value)
 
 
