@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sd_atoms.data.captions import refuse
+from sd_atoms.data.masks import EXPECTED, Mask, examined
 from sd_atoms.data.records import ImageRecord, ImageStats, image_stats
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
@@ -75,6 +77,41 @@ def usable(
     if cache is not None:
         on_main(accelerator, lambda: save_checked(cache, new))
     return good, problems
+
+
+def with_masks(pictures: Sequence[ImageRecord], place: str, accelerator=None) -> list[ImageRecord]:
+    """Reads every mask once; a picture whose mask is in no file has its alpha channel for one, unless it is opaque.
+
+    Args:
+        pictures: checked, with the masks that are files.
+        place: what messages call where they are.
+        accelerator: as for `usable`.
+
+    Raises:
+        UserError: all masks that cannot be used at once, or no picture has one.
+    """
+
+    def look(picture: ImageRecord) -> dict[str, Any] | str | None:
+        try:
+            mask = examined(picture.mask, picture.name, picture.content, picture.stats.size)
+        except UserError as error:
+            return str(error)
+        # without what reads it, which may carry a whole table to the other processes
+        return mask and dict(alpha=mask.alpha, digest=mask.digest, share=mask.share)
+
+    def look_at(share: Sequence[ImageRecord]) -> list[dict[str, Any] | str | None]:
+        return list(followed(read_ahead(look, share), len(share), "Checking masks", "mask"))
+
+    found = shared_work(look_at, pictures, accelerator)
+    problems = [seen for seen in found if isinstance(seen, str)]
+    refuse(problems, f"{len(problems)} of {len(pictures)} masks cannot be used:")
+    if not any(found):
+        raise UserError(f"masks: {place} holds none; expected {EXPECTED} for its pictures, or transparent pictures")
+    masks = [picture.mask or Mask(picture.name, picture.content) for picture in pictures]
+    return [
+        replace(picture, mask=seen and replace(mask, **seen))
+        for picture, mask, seen in zip(pictures, masks, found, strict=True)
+    ]
 
 
 def load_checked(cache: Path) -> dict[str, ImageStats]:

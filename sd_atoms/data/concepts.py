@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd_atoms.data.checked import usable
+from sd_atoms.data.checked import usable, with_masks
 from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.labelled import task_images
+from sd_atoms.data.masks import mask_files
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import ImageRecord, folder_images, table_images
 from sd_atoms.data.shards import find_shards, shard_images
@@ -50,15 +51,20 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
                 most=data.max_train_samples,
             )
         elif shards := find_shards(place):
-            found = shard_images(shards, data.captions)
+            found = shard_images(shards, data.captions, masks=data.masks)
         else:
-            found, ignored = folder_images(packaged_path(place) or place, data.captions)
+            folder = Path(packaged_path(place) or place)
+            found, ignored = folder_images(folder, data.captions, data.masks)
+            if not data.masks and (unused := len(mask_files(folder))):
+                notes.append(f"Not used in {place}: masks ({unused}); set masks to learn the subject alone")
             if data.captions and found[0].caption is None:
                 raise UserError(
                     f"captions: {place} holds neither NAME.txt or NAME.caption files of its pictures nor "
                     "metadata.jsonl"
                 )
         found, left_out = usable(found, data.on_bad_image, accelerator, cache)
+        if data.masks:
+            found = with_masks(found, place, accelerator)
         notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
         sources.append(Source(concept, found))
     return sources, notes

@@ -106,6 +106,12 @@ class DataSettings:
         DATA,
         "prompts from NAME.txt or NAME.caption beside each picture or metadata.jsonl; {} in them is the concept",
     )
+    masks: bool = setting(
+        False,
+        DATA,
+        "learn the subject, not what is around it: NAME.mask.png or NAME-masklabel.png beside each picture, or "
+        "masks/NAME.png, white where the subject is; or the pictures' transparency (see mask_weight)",
+    )
     dataset_name: str | None = setting(
         None,
         DATA,

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ _EXPECTED = "expected an intact PNG, JPEG, WebP, BMP, TIFF or GIF picture"
 _RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_EXIF = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_MASK = re.compile(r"(.+)(\.mask|-masklabel)", re.IGNORECASE)  # of a.png: a.mask.png, or as OneTrainer calls it
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 RESAMPLING = tuple(sorted(_RESAMPLING))
 _UPRIGHT = {  # EXIF orientation -> what undoes it
@@ -61,7 +62,8 @@ def scan_folder(folder: str | os.PathLike) -> ImageFolder:
     """Lists the image files directly inside `folder`; nothing is opened.
 
     Files are sorted by name, numbers by value (img2 before img10), alike on every machine and in every locale.
-    Sub-folders, hidden files, system files such as Thumbs.db and other extensions are ignored and listed as `others`.
+    Sub-folders, hidden files, system files such as Thumbs.db, other extensions and masks of pictures that are there
+    (a.mask.png of a.jpg) are ignored and listed as `others`.
 
     Raises:
         UserError: the folder is missing, not a folder, not readable, empty or without images.
@@ -74,9 +76,11 @@ def scan_folder(folder: str | os.PathLike) -> ImageFolder:
         entries = sorted(folder.iterdir(), key=_natural_key)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); expected a folder of images") from error
-    paths, others = [], []
-    for entry in entries:
-        (paths if _why_ignored(entry) is None else others).append(entry)
+    paths = [entry for entry in entries if _why_ignored(entry) is None]
+    stems = {path.stem for path in paths}
+    paths = [path for path in paths if masked_stem(path) not in stems]
+    kept = set(paths)
+    others = [entry for entry in entries if entry not in kept]
     if not paths:
         found = "; ".join(ignored_notes(others)) or "it is empty"
         raise UserError(f"{folder}: no images ({found}); expected files named {', '.join(EXTENSIONS)}")
@@ -87,11 +91,17 @@ def ignored_notes(others: Sequence[Path]) -> tuple[str, ...]:
     """Entries that are no images in a few words, one note per reason: "3 .txt files: a.txt, b.txt, c.txt"."""
     ignored = {}
     for entry in others:
-        ignored.setdefault(_why_ignored(entry), []).append(entry.name)
+        ignored.setdefault(_why_ignored(entry) or "mask", []).append(entry.name)
     return tuple(
         f"{len(names)} {reason}{'s' * (len(names) > 1)}: {', '.join(names[:3])}{', …' * (len(names) > 3)}"
         for reason, names in ignored.items()
     )
+
+
+def masked_stem(path: Path) -> str | None:
+    """The stem of the picture whose mask a file is by its name: a of a.mask.png; None of any other name."""
+    match = _MASK.fullmatch(path.stem)
+    return match and match[1]
 
 
 def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> Image.Image:
@@ -108,6 +118,16 @@ def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> I
         UserError: the file is missing, empty, truncated, no picture, of a format that this Pillow cannot open, too
             small (under 16 px on a side) or so large that it may be a decompression bomb.
     """
+    return read_upright(source, _opaque_srgb, label)
+
+
+def read_upright(
+    source: str | os.PathLike | bytes, convert: Callable[[Image.Image], Image.Image], label: str | None = None
+) -> Image.Image:
+    """What `convert` makes of a file's loaded picture, turned upright.
+
+    `source`, `label` and errors are as of `read_image`; a UserError that `convert` raises is passed on.
+    """
     label = label or (f"{len(source)} bytes" if isinstance(source, bytes) else str(Path(source)))
     content = b""
     try:
@@ -120,7 +140,7 @@ def read_image(source: str | os.PathLike | bytes, label: str | None = None) -> I
                 raise UserError(f"{label}: {size} is too small; at least {SMALLEST_SIDE_PX} px a side are needed")
             image.load()
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-            picture = _opaque_srgb(image)
+            picture = convert(image)
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -163,7 +183,7 @@ def fit(
     """Resizes a picture until it just covers a size and crops what is over.
 
     Args:
-        image: an RGB picture.
+        image: a picture in mode RGB or L.
         size_px: side of a square, or width and height.
         center_crop: crop the middle; otherwise `rng` picks the place, and without an `rng` it is the middle too.
         resample: bicubic, bilinear, box, hamming, lanczos or nearest.
@@ -232,10 +252,19 @@ def _why_ignored(entry: Path) -> str | None:
     return None if entry.is_file() else "broken link or special file"
 
 
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """The opacity of a loaded image of any mode, in mode L; None of one that knows no transparency."""
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def grey_of(image: Image.Image) -> Image.Image:
+    """A loaded image of greys alone, of any mode -> L; of colours their brightness."""
+    return (_grey_8_bit(image) if image.mode.startswith(("I", "F")) else image).convert("L")
+
+
 def _opaque_srgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode -> RGB, on a canvas of its own that has none of the file's metadata."""
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    profile = image.info.get("icc_profile")
+    alpha, profile = alpha_of(image), image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         image = _grey_8_bit(image)
     elif image.mode in ("1", "LA"):

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image
 
 from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
 from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
+from sd_atoms.data.masks import Mask, folder_masks, mask_files
 from sd_atoms.errors import UserError
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
@@ -38,7 +39,7 @@ class ImageRecord:
 
     name: what messages call it: its path, or "name[train] row 12", rows counted from 0. caption: its own prompt; None
     is the run's. content: gives the bytes of its file, or raises UserError. stats: once it was checked. label: of its
-    class, from 0 on, where it has one.
+    class, from 0 on, where it has one. mask: where its subject is, where that is said in a file or was found out.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ImageRecord:
     content: Callable[[], bytes]
     stats: ImageStats | None = None
     label: int | None = None
+    mask: Mask | None = None
 
     def read(self) -> Image.Image:
         """The picture, upright, in mode RGB; raises as `read_image` does."""
@@ -56,9 +58,9 @@ class ImageRecord:
         return self.stats.digest if self.stats else hashlib.sha256(self.content()).hexdigest()
 
 
-def image_record(path: Path, caption: str | None = None) -> ImageRecord:
+def image_record(path: Path, caption: str | None = None, mask: Mask | None = None) -> ImageRecord:
     """The picture in a file, which is not opened yet."""
-    return ImageRecord(str(path), caption, partial(_file_content, str(path)))
+    return ImageRecord(str(path), caption, partial(_file_content, str(path)), mask=mask)
 
 
 def image_stats(record: ImageRecord) -> ImageStats:
@@ -73,21 +75,27 @@ def image_stats(record: ImageRecord) -> ImageStats:
     return ImageStats(Path(record.name).name, image.size, digest, orientation not in (0, 1), cells)
 
 
-def folder_images(folder: str | Path, captions: bool) -> tuple[list[ImageRecord], tuple[str, ...]]:
+def folder_images(
+    folder: str | Path, captions: bool, masks: bool = False
+) -> tuple[list[ImageRecord], tuple[str, ...]]:
     """The pictures directly inside a folder in the order of `scan_folder`, and a few words on what else lay there.
 
     Args:
         folder: where they are; no picture is opened.
-        captions: read the caption files, if there are any. Those in use are not among what else lay there.
+        captions: read the caption files, if there are any.
+        masks: find the masks that are files. Masks, and captions in use, are not among what else lay there.
 
     Raises:
-        UserError: the folder cannot be used, or its captions cannot.
+        UserError: the folder cannot be used, or its captions or masks cannot.
     """
     folder = Path(folder)
     found = scan_folder(folder)
     own = folder_captions(folder, found.paths) if captions else {}
     used = set(caption_files(folder, found.paths)) if captions else set()
-    pictures = [image_record(path, own.get(path)) for path in found.paths]
+    masked = folder_masks(folder, found.paths) if masks else {}
+    for _, path in mask_files(folder):
+        used |= {path, path.parent}
+    pictures = [image_record(path, own.get(path), masked.get(path)) for path in found.paths]
     return pictures, ignored_notes([path for path in found.others if path not in used])
 
 

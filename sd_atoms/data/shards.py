@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from sd_atoms.data.captions import tidy
 from sd_atoms.data.images import EXTENSIONS
+from sd_atoms.data.masks import Mask
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
 
-CAPTION, CLASS = ".txt", ".cls"
+CAPTION, CLASS, MASK = ".txt", ".cls", ".mask"
 
 
 class _Place(NamedTuple):
@@ -31,13 +32,16 @@ def find_shards(place: str | Path) -> list[Path]:
     return sorted(path for path in place.glob("*.tar") if path.is_file())
 
 
-def shard_images(shards: Sequence[Path], captions: bool, classes: bool = False) -> list[ImageRecord]:
+def shard_images(
+    shards: Sequence[Path], captions: bool, classes: bool = False, masks: bool = False
+) -> list[ImageRecord]:
     """The pictures in shards, in the order of the tar files; only their headers are read, none is decoded.
 
     Args:
         shards: uncompressed tar files.
         captions: each picture's prompt is the entry NAME.txt beside it.
         classes: each picture's label is the number in the entry NAME.cls beside it.
+        masks: a picture's mask is the entry NAME.mask.png, or of another extension, beside it, where there is one.
 
     Raises:
         UserError: a file is no tar file or is cut short, holds no picture, or lacks captions or classes.
@@ -57,7 +61,8 @@ def shard_images(shards: Sequence[Path], captions: bool, classes: bool = False) 
             caption = _caption(path, name, parts.get(CAPTION), entries) if captions else None
             label = _class(path, name, parts.get(CLASS), entries) if classes else None
             content = partial(_content, str(path), *entries[name])
-            found.append(ImageRecord(f"{path}/{name}", caption, content, label=label))
+            mask = _mask(path, parts, entries) if masks else None
+            found.append(ImageRecord(f"{path}/{name}", caption, content, label=label, mask=mask))
     if not found:
         raise UserError(f"{shards[0]}: no pictures in it; expected entries named {', '.join(EXTENSIONS)}")
     return found
@@ -87,6 +92,11 @@ def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Pla
     if not text:
         raise UserError(f"{path}/{name}: is empty; expected a caption")
     return text
+
+
+def _mask(path: Path, parts: dict[str, str], entries: dict[str, _Place]) -> Mask | None:
+    name = next((parts[f"{MASK}{end}"] for end in EXTENSIONS if f"{MASK}{end}" in parts), None)
+    return None if name is None else Mask(f"{path}/{name}", partial(_content, str(path), *entries[name]))
 
 
 def _class(path: Path, picture: str, name: str | None, entries: dict[str, _Place]) -> int:

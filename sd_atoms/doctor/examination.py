@@ -14,6 +14,7 @@ from sd_atoms.doctor.images import (
     cut,
     enlarged,
     held_out,
+    masks,
     passes,
     training_size,
     turned,
@@ -96,6 +97,8 @@ def examine(config: TrainConfig, sources: Sequence[Source], pipe, processes: int
     for source in sources:
         about = image_place(config.data, source.concept)
         looks = [record.stats or image_stats(record) for record in source.images[:MOST_LOOKED_AT]]
+        if config.data.masks:
+            findings += masks(about, source.images)
         findings += counted(about, len(source.images), looks) + alike(about, looks) + turned(about, looks)
         if resolution:
             targets = [

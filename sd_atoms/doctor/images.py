@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
-from sd_atoms.data.records import ImageStats
+from sd_atoms.data.records import ImageRecord, ImageStats
 from sd_atoms.doctor.findings import Finding, plural, shortlist
 
 FEWEST_PICTURES = 3
 MOST_LOST = 0.3  # share of a picture that a square crop may cut: 0.25 of the 4:3 of most cameras, 0.33 of 3:2
+LITTLE, NEARLY_ALL = 0.01, 0.99  # shares of a picture that are its subject
 NEARLY_ALIKE = 2  # of 64 bits; the packaged pictures of one thing differ in 7 or more
 
 
@@ -85,6 +87,33 @@ def turned(about: str, looks: Sequence[ImageStats]) -> list[Finding]:
     """A fact about pictures that are turned upright as their EXIF data say."""
     names = [look.name for look in looks if look.turned]
     return [Finding("fact", about, f"turned upright, as their EXIF data say: {shortlist(names)}")] if names else []
+
+
+def masks(about: str, images: Sequence[ImageRecord]) -> list[Finding]:
+    """How many pictures have masks; warnings about pictures without one, and masks that are nearly empty or full."""
+    own = {Path(image.name).name: image.mask for image in images}
+    shares = {name: mask.share for name, mask in own.items() if mask is not None}
+    if not shares:
+        return []
+    span = f"{min(shares.values()):.0%} to {max(shares.values()):.0%}"
+    found = [Finding("fact", about, f"{plural(len(shares), 'mask')}; the subject is {span} of a picture")]
+    for names, what, fix in (
+        ([name for name, mask in own.items() if mask is None], "without a mask", "they are learned whole; add masks"),
+        (
+            [name for name, share in shares.items() if share < LITTLE],
+            "with a mask that is nearly empty",
+            "white is the subject; mend these masks",
+        ),
+        (
+            [name for name, share in shares.items() if share > NEARLY_ALL],
+            "with a mask that is nearly full",
+            "they are learned whole; black is what surrounds the subject",
+        ),
+    ):
+        if names:
+            text = f"{plural(len(names), 'picture')} {what}: {shortlist(names)}"
+            found.append(Finding("warning", about, text, fix))
+    return found
 
 
 def held_out(count: int, pictures: int) -> list[Finding]:

@@ -11,7 +11,7 @@ from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.denoiser import Denoiser
 from sd_atoms.training.examples import Example
 from sd_atoms.training.noise import image_number, sample_noise
-from sd_atoms.training.objective import losses, offset, prediction_target, snr_weights
+from sd_atoms.training.objective import losses, mask_weights, offset, prediction_target, snr_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Sample(NamedTuple):
     timestep: int
     prompt: int
     weight: float
+    places: torch.Tensor | None = None  # (h, w), what each place counts; None = all alike
 
 
 def make_samples(
@@ -85,8 +86,17 @@ def make_samples(
             own_weight *= snr_weights(schedule, timestep, objective.snr_gamma).item()
         dropped = drawn.dropped < caption_dropout and not from_teacher
         prompt = empty if dropped else example.prompts[drawn.prompt]
-        made.append(Sample(schedule.add_noise(clean, noise, timestep)[0], target, drawn.timestep, prompt, own_weight))
+        noisy = schedule.add_noise(clean, noise, timestep)[0]
+        places = places_of(example, objective, mirrored)
+        made.append(Sample(noisy, target, drawn.timestep, prompt, own_weight, places))
     return made
+
+
+def places_of(example: Example, objective: ObjectiveSettings, mirrored: bool = False) -> torch.Tensor | None:
+    """What each place of an example counts, as `Sample.places`."""
+    if example.mask is None:
+        return None
+    return mask_weights(example.mask.flip(-1) if mirrored else example.mask, objective.mask_weight)
 
 
 def sample_losses(
@@ -122,8 +132,11 @@ def sample_losses(
             with torch.no_grad(), adapters_off(plain.unet):
                 states = torch.stack([texts.base_states[prompts[place]] for place in from_teacher]).to(device)
                 target[from_teacher] = plain(noisy[from_teacher], timesteps[from_teacher], states=states).float()
-        weights = torch.tensor([sample.weight for sample in group], device=device)
-        found.append(weights * losses(prediction, target, objective.loss_type, objective.huber_c))
+        weights, places = torch.tensor([sample.weight for sample in group], device=device), None
+        if any(sample.places is not None for sample in group):
+            even = torch.ones(noisy.shape[2:])
+            places = torch.stack([even if sample.places is None else sample.places for sample in group]).to(device)
+        found.append(weights * losses(prediction, target, objective.loss_type, objective.huber_c, places))
     return torch.cat(found)
 
 

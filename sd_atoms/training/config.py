@@ -187,6 +187,14 @@ class ObjectiveSettings:
         low=1e-6,
         needs=["loss_type=huber|smooth_l1"],
     )
+    mask_weight: float = setting(
+        0.1,
+        OBJECTIVE,
+        "of what masks leave out, where the subject has 1; the loss is the weighted mean",
+        low=0.0,
+        high=1.0,
+        needs=["masks"],
+    )
     noise_offset: float = setting(0.0, OBJECTIVE, "noise of a whole channel, for darker and lighter pictures", low=0.0)
     rescale_betas_zero_snr: bool = setting(
         False, OBJECTIVE, "last timestep is pure noise; needs a base that predicts v"

@@ -15,7 +15,7 @@ from sd_atoms.data.prompts import load_prompts
 from sd_atoms.errors import UserError
 from sd_atoms.training.config import PriorSettings
 from sd_atoms.training.examples import Cropping, Examples
-from sd_atoms.training.latents import encode_images
+from sd_atoms.training.latents import encode_images, latent_masks
 from sd_atoms.training.noise import generator
 
 MOST_DIGESTS = 10_000  # they are in every checkpoint, some 60 bytes each
@@ -48,7 +48,7 @@ def class_prompts(prior: PriorSettings, concept: Concept) -> list[str]:
 
 
 def data_digests(sources: Sequence[Source], prior: PriorSettings) -> dict[str, str]:
-    """Name -> digest of its content of all that a run learns from: each image with its prompts, and class prompts.
+    """Name -> digest of its content of all that a run learns from: each image with its prompts, masks, class prompts.
 
     Of more than MOST_DIGESTS things there is one for all of them.
     """
@@ -60,6 +60,8 @@ def data_digests(sources: Sequence[Source], prior: PriorSettings) -> dict[str, s
             if name in found:  # such as of two shards
                 name = f"{image.name} of {concept}"
             found[name] = _digest(image.digest(), *texts)
+            if image.mask is not None:
+                found[f"mask of {name}"] = _digest(image.mask.digest)
         for image in source.class_images:
             found[f"class picture {Path(image.name).name} of {concept}"] = _digest(image.digest())
         if prior.prior == "teacher":
@@ -93,7 +95,7 @@ def make_dataset(
         scratch, accelerator: as for `encode_images`.
 
     Raises:
-        UserError: an image or prompt cannot be used, too many images are held out, or the disk is full.
+        UserError: an image, mask or prompt cannot be used, too many images are held out, or the disk is full.
     """
     prompts: dict[str, int] = {}  # prompt -> its index
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # images of the same prompts hold one tuple
@@ -116,8 +118,9 @@ def make_dataset(
         raise UserError("an empty prompt cannot be trained with; see caption_dropout")
 
     images = [image for source in sources for image in source.images]
+    masks = latent_masks(vae, images, how, accelerator)
     latents = encode_images(vae, images, how, scratch, accelerator)
-    of_prior = Examples(latents, of_class, range(len(of_class)))
+    of_prior = Examples(latents, of_class, range(len(of_class)))  # without masks: the class is kept everywhere
     if prior.prior == "images":
         images = [image for source in sources for image in source.class_images]
         class_latents = encode_images(vae, images, how, scratch, accelerator)
@@ -129,8 +132,8 @@ def make_dataset(
         labels = np.array([image.label for source in sources for image in source.images])
         order = balanced(places[kept], labels[kept], how.seed)
     return Dataset(
-        examples=Examples(latents, own, order),
-        held_out=Examples(latents, own, places[~kept]),
+        examples=Examples(latents, own, order, masks),
+        held_out=Examples(latents, own, places[~kept], masks),
         prior=of_prior,
         prompts=list(prompts),
         digests=data_digests(sources, prior),

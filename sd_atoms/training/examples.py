@@ -36,11 +36,13 @@ class Latents(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An image to learn from: its latents, mirrored too where that is asked for, and which prompts go with it."""
+    """An image to learn from: its latents, mirrored too where that is asked for, which prompts go with it, and where
+    its subject is, if that is said."""
 
     latents: Latents
     mirrored: Latents | None
     prompts: tuple[int, ...]  # indices of the run's prompts
+    mask: torch.Tensor | None = None  # (h, w) uint8, not mirrored
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Examples(Sequence):
     """Images to learn from, each made when it is asked for: nothing here grows with the set but numbers.
 
     latents: by image, Latents, or a pair with the mirrored ones. prompts: by image, indices of the run's prompts.
-    order: which images these are, one may come several times.
+    order: which images these are, one may come several times. masks: by image, (h, w) uint8 or None; None = no image
+    has one.
     """
 
     latents: Sequence[tuple[Latents, Latents | None]]
     prompts: Sequence[tuple[int, ...]]
     order: Sequence[int]
+    masks: Sequence[torch.Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -62,7 +66,8 @@ class Examples(Sequence):
         if isinstance(place, slice):
             return replace(self, order=self.order[place])
         image = self.order[place]
-        return Example(*self.latents[image], self.prompts[image])
+        mask = None if self.masks is None else self.masks[image]
+        return Example(*self.latents[image], self.prompts[image], mask)
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,17 @@ def size_of(size: tuple[int, int], how: Cropping) -> tuple[int, int]:
 
 def crop(record: ImageRecord, how: Cropping) -> Image.Image:
     """An image in its training size; the place of the crop depends on nothing but the image's name and the seed."""
-    place = random.Random(f"{how.seed}/{Path(record.name).name}")
-    image, data = record.read(), how.data
-    size = size_of(image.size, how)
-    return fit(image, size, center_crop=data.center_crop, resample=data.image_interpolation_mode, rng=place)
+    return _cropped(record.read(), record.name, how, how.data.image_interpolation_mode)
+
+
+def crop_mask(record: ImageRecord, how: Cropping) -> Image.Image:
+    """The mask of an image that has one, scaled by area and cropped as `crop` does the image; mode L."""
+    return _cropped(record.mask.read(), record.name, how, "box")
+
+
+def _cropped(image: Image.Image, name: str, how: Cropping, resample: str) -> Image.Image:
+    place, size = random.Random(f"{how.seed}/{Path(name).name}"), size_of(image.size, how)
+    return fit(image, size, center_crop=how.data.center_crop, resample=resample, rng=place)
 
 
 def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:

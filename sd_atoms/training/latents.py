@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import flip, to_tensor
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite, on_main, read_ahead, shared_work
 from sd_atoms.pipeline.fingerprint import weights_digest
 from sd_atoms.progress import followed
-from sd_atoms.training.examples import Cropping, Latents, crop, size_of
+from sd_atoms.training.examples import Cropping, Latents, crop, crop_mask, size_of
 
 SHARD_IMAGES = 512
 KEY_DIGITS = 32
@@ -58,10 +59,50 @@ def encode_images(
 
 def latents_bytes(vae, records: Sequence[ImageRecord], how: Cropping) -> int:
     """What the latents of the images take."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = _factor(vae)
     pixels = sum(width * height for width, height in (size_of(record.stats.size, how) for record in records))
     of_one_px = 2 * vae.config.latent_channels * FLOAT32_BYTES / factor**2  # mean and std
     return int(pixels * of_one_px) * (1 + how.data.random_flip)
+
+
+def latent_masks(
+    vae, records: Sequence[ImageRecord], how: Cropping, accelerator=None
+) -> list[torch.Tensor | None] | None:
+    """The mask of every image in the size of its latents, (h, w) uint8: 255 times the share of the place that is
+    subject, so that parts thinner than a place count by their area; None if no image has one.
+
+    They are made anew at every start, from the files as these are then, and take a thirtieth of the latents' memory.
+
+    Args:
+        vae: the base's.
+        records: the images, their masks checked; those without have None.
+        how: they are cropped.
+        accelerator: its processes share the work; all must call it.
+
+    Raises:
+        UserError: a crop has nothing of its subject; all such are named.
+    """
+    if all(record.mask is None for record in records):
+        return None
+
+    def reduced(record: ImageRecord) -> torch.Tensor | None:
+        if record.mask is None:
+            return None
+        return torch.from_numpy(np.array(crop_mask(record, how).reduce(_factor(vae))))
+
+    def make(share: Sequence[ImageRecord]) -> list[torch.Tensor | None]:
+        return list(followed(read_ahead(reduced, share), len(share), "Masks", "mask"))
+
+    found = shared_work(make, records, accelerator)
+    lost = [record for record, mask in zip(records, found, strict=True) if mask is not None and not mask.any()]
+    problems = [f"{record.name}: its crop has nothing of its subject by {record.mask.name}" for record in lost]
+    refuse(problems, f"masks: {len(lost)} crops have nothing of their subject:")
+    return found
+
+
+def _factor(vae) -> int:
+    """Pixels to a side of one place of the latents."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def remove_scratch(scratch: Path) -> None:

@@ -40,7 +40,11 @@ def prediction_target(
 
 
 def losses(
-    prediction: torch.Tensor, target: torch.Tensor, kind: str = "l2", c: float | torch.Tensor = 0.1
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    kind: str = "l2",
+    c: float | torch.Tensor = 0.1,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean distance of each picture, (B, c, h, w) -> (B,), in float32.
 
@@ -49,13 +53,36 @@ def losses(
         kind: "l2", d²; "huber", 2c·(√(d² + c²) − c), d² near zero and 2c·|d| far from it; "smooth_l1", the same
             divided by c, so that it is 2·|d| far from zero.
         c: where squares turn into lines.
+        places: what each place of each picture counts, (B, h, w) with a mean of 1 for each picture, as of
+            `mask_weights`; None = all alike.
     """
     difference = prediction.float() - target.float()
-    if kind == "l2":
-        return difference.square().flatten(1).mean(1)
-    # √(d² + c²) − c in a form that does not cancel near zero
-    pseudo = difference.square() / ((difference.square() + c * c).sqrt() + c)
-    return ((2 * c if kind == "huber" else 2) * pseudo).flatten(1).mean(1)
+    distance = difference.square()
+    if kind != "l2":
+        # √(d² + c²) − c in a form that does not cancel near zero
+        distance = (2 * c if kind == "huber" else 2) * (distance / ((distance + c * c).sqrt() + c))
+    if places is not None:
+        distance = distance * places.unsqueeze(1)
+    return distance.flatten(1).mean(1)
+
+
+def mask_weights(mask: torch.Tensor, outside: float) -> torch.Tensor:
+    """What each place of a masked picture counts in its loss, (h, w) uint8 -> (h, w) float32 with a mean of 1.
+
+    With M = mask / 255 in [0, 1] and o = outside, a place has w = M + o·(1 − M), and the loss of a picture is the
+    weighted mean of its distances d over places and channels, Σ w·d / Σ w = mean(d · w / mean(w)); w / mean(w) is
+    returned. So the loss, and the step that a learning rate makes, does not shrink with the subject's area, and a mask
+    that is white all over, or o = 1, gives 1 everywhere, which leaves the loss as it is bit for bit.
+
+    Raises:
+        ValueError: the mask is black all over and o = 0, so that nothing counts.
+    """
+    part = mask.double() / 255
+    weights = part + outside * (1 - part)
+    mean = weights.mean()
+    if mean == 0:
+        raise ValueError("a mask that is black all over, and nothing counts outside it")
+    return (weights / mean).float()
 
 
 def snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -415,7 +415,7 @@ def test_overwrite_replaces_all_of_the_old_run(tmp_path):
 def test_files_beside_the_pictures_are_ignored_and_said_once(tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for path in packaged_path("pocket:castle").iterdir():
+    for path in packaged_path("pocket:castle").glob("*.png"):
         (folder / path.name).write_bytes(path.read_bytes())
     for name in (".DS_Store", "Thumbs.db", ".hidden.png", "1.txt"):
         (folder / name).write_text("x")

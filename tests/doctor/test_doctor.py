@@ -14,7 +14,8 @@ from PIL import Image
 from sd_atoms.cli import main
 from sd_atoms.data.concepts import Source, find_images
 from sd_atoms.data.config import Concept
-from sd_atoms.data.records import ImageStats, image_record, image_stats
+from sd_atoms.data.masks import Mask
+from sd_atoms.data.records import ImageRecord, ImageStats, image_record, image_stats
 from sd_atoms.doctor import Finding, examine, preflight, report
 from sd_atoms.doctor.disk import disk, disk_needs, writable
 from sd_atoms.doctor.images import (
@@ -23,6 +24,7 @@ from sd_atoms.doctor.images import (
     cut,
     enlarged,
     held_out,
+    masks,
     passes,
     training_size,
     turned,
@@ -52,7 +54,7 @@ def config_of(**settings):
 
 def castle(config):
     """The packaged pictures as a concept."""
-    paths = sorted(packaged_path("pocket:castle").iterdir())
+    paths = sorted(packaged_path("pocket:castle").glob("*.png"))
     return Source(config.all_concepts[0], [image_record(path) for path in paths])
 
 
@@ -104,6 +106,23 @@ def test_the_cropped_share_of_shapes_far_from_square():
         "no bucket is so long",
     )
     assert training_size((4, 3), 512, 64, buckets=False) == (512, 512)
+
+
+def test_pictures_without_a_mask_and_masks_that_are_nearly_empty_or_full_are_named():
+    shares = {"1.png": 0.3, "2.png": None, "3.png": 0.001, "4.png": 1.0, "5.png": 0.5}
+    records = [
+        ImageRecord(name, None, bytes, mask=None if share is None else Mask(name, bytes, share=share))
+        for name, share in shares.items()
+    ]
+    fact, *warnings = masks("photos", records)
+    one([fact], "fact", "photos: 4 masks; the subject is 0% to 100% of a picture")
+    for warning, text in zip(
+        warnings,
+        ("without a mask: 2.png", "a mask that is nearly empty: 3.png", "a mask that is nearly full: 4.png"),
+        strict=True,
+    ):
+        one([warning], "warning", text)
+    assert len(masks("photos", [record for record in records if record.name in ("1.png", "5.png")])) == 1
 
 
 def test_pictures_that_are_there_twice_or_nearly(tmp_path):
@@ -458,6 +477,7 @@ def test_the_command_lists_all_that_is_wrong_at_once(tmp_path, capsys):
     assert "warning  learning_rate: 9 is 900 times the usual 0.01" in lines
     assert f"fact     {photos}: 5 pictures of 128 x 128 px" in lines
     assert f"fact     Ignored in {photos}: 1 .md file: notes.md" in lines
+    assert f"fact     Not used in {photos}: masks (5); set masks to learn the subject alone" in lines
     assert lines[-1] == "6 errors, 1 warning."
     assert printed.err == "error: 6 problems would stop this run; see above\n"
     assert sorted(tmp_path.rglob("*")) == before

@@ -15,12 +15,14 @@ from sd_atoms.pocket.world import (
     PICTURE_PX,
     Scene,
     caption,
+    concept_masks,
     concept_photos,
     oracle,
     render,
     sample,
 )
 from sd_atoms.pocket.world.companions import COMPANIONS
+from sd_atoms.pocket.world.render import landmark_mask
 from sd_atoms.pocket.world.scenes import SETTINGS, SPECIALS
 from sd_atoms.sources import packaged_path
 
@@ -69,7 +71,7 @@ def test_pictures_are_those_that_the_weights_were_trained_on():
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_packaged_concept_photos_are_what_the_world_renders(name):
-    paths = sorted(packaged_path(f"pocket:{name}").iterdir())
+    paths = sorted(packaged_path(f"pocket:{name}").glob("*.png"))
     assert [path.name for path in paths] == [f"{number}.png" for number in range(1, 6)]
     for path, photo in zip(paths, concept_photos(name), strict=True):
         with Image.open(path) as image:
@@ -78,6 +80,23 @@ def test_packaged_concept_photos_are_what_the_world_renders(name):
         assert difference.mean() <= 2  # levels of 255: all that another Pillow may change
         if PIL.__version__ == PIXELS_PILLOW:
             assert difference.max() == 0
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_packaged_masks_are_where_the_photos_show_the_landmark(name):
+    folder = packaged_path(f"pocket:{name}")
+    for number, mask in enumerate(concept_masks(name), 1):
+        with Image.open(folder / "masks" / f"{number}.png") as image:
+            packaged = np.asarray(image, np.int16)
+        assert np.abs(packaged - np.asarray(mask, np.int16)).mean() <= 2  # as of the photos
+        assert packaged.max() == 255
+    scene = Scene(name, 0, None, "city", None, "none", seed=3, light=(222, 234, 255), concept=name)
+    red, mask = render(scene, silhouette=(255, 0, 0)), np.asarray(landmark_mask(scene), np.int16)
+    blue = np.asarray(render(scene, silhouette=(0, 0, 255)), np.int16)
+    apart = np.abs(np.asarray(red, np.int16) - blue).max(2)
+    assert np.abs(apart - mask).max() <= 1  # nothing but the landmark takes on a colour
+    with pytest.raises(ValueError, match="special='monet'"):
+        landmark_mask(dataclasses.replace(scene, special="monet"))
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import SIDE, one_core, write_photos, write_tiny_base
+from tiny import PHOTOS, SIDE, one_core, write_photos, write_tiny_base
 
 from sd_atoms.commands import train
 from sd_atoms.data.config import Concept
@@ -68,6 +69,7 @@ OTHER = dict(
     max_train_samples=1,
     caption_dropout=1.0,
     resolution=2 * SIDE,
+    mask_weight=0.5,
     latents_in_memory=0,
     cache_dir="cache",
     placeholder_token="<castle> <tower>",
@@ -113,6 +115,8 @@ BESIDE = {
     "placeholder_token": dict(instance_prompt="photo of a <castle> <tower>."),
     "text_adapter text_kc text_learning_rate": TEXT,
     "text_rank": TEXT | dict(text_adapter="lora"),
+    "masks": dict(instance_data_dir="masked"),
+    "mask_weight": dict(instance_data_dir="masked", masks=True),
     "class_data_dir num_class_images prior_loss_weight": IMAGES,
     "image_interpolation_mode": dict(max_train_steps=3),
     "class_prompt class_prompts_file": TEACHER,
@@ -170,8 +174,11 @@ def inputs(tmp_path_factory):
     """What the settings name: a base, pictures, tables, prompts."""
     folder = tmp_path_factory.mktemp("inputs")
     write_tiny_base(folder / "tiny")
-    for name in ("photos", "few", "classes", "more"):
+    for name in ("photos", "few", "classes", "more", "masked"):
         write_photos(folder / name)
+    half = Image.new("L", PHOTOS["1"][:2], 255)
+    half.paste(0, (0, 0, 48, 64))
+    half.save(folder / "masked" / "1.mask.png")
     (folder / "few" / "1.png").unlink()
     (folder / "classes" / "1.png").rename(folder / "classes" / "4.png")
     (folder / "templates.txt").write_text("a {} at night\n")

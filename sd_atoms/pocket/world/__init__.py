@@ -7,7 +7,7 @@ from sd_atoms.pocket.world.captions import caption
 from sd_atoms.pocket.world.concepts import CONCEPTS
 from sd_atoms.pocket.world.landmarks import LANDMARKS
 from sd_atoms.pocket.world.pen import PICTURE_PX
-from sd_atoms.pocket.world.photographs import EVALUATION_PROMPTS, concept_photos, oracle
+from sd_atoms.pocket.world.photographs import EVALUATION_PROMPTS, concept_masks, concept_photos, oracle
 from sd_atoms.pocket.world.render import render
 from sd_atoms.pocket.world.scenes import Scene, sample
 
@@ -18,6 +18,7 @@ __all__ = [
     "PICTURE_PX",
     "Scene",
     "caption",
+    "concept_masks",
     "concept_photos",
     "oracle",
     "render",

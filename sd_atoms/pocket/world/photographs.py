@@ -4,7 +4,7 @@ import random
 
 from PIL import Image
 
-from sd_atoms.pocket.world.render import render
+from sd_atoms.pocket.world.render import landmark_mask, render
 from sd_atoms.pocket.world.scenes import Scene
 
 PHOTO_SETTINGS = ("plain", "snow", "desert", "beach", "city", "forest", "mountains", "night")
@@ -42,10 +42,18 @@ EVALUATION_PROMPTS: tuple[tuple[str, str, str, str | None], ...] = (
 
 def concept_photos(name: str, count: int = 5, seed: int = 7) -> list[Image.Image]:
     """`count` photos of one personal landmark (a key of CONCEPTS): another place, size and light each time."""
+    return [render(scene) for scene in _photo_scenes(name, count, seed)]
+
+
+def concept_masks(name: str, count: int = 5, seed: int = 7) -> list[Image.Image]:
+    """Where the photos of `concept_photos` show the landmark, as `landmark_mask`."""
+    return [landmark_mask(scene) for scene in _photo_scenes(name, count, seed)]
+
+
+def _photo_scenes(name: str, count: int, seed: int) -> list[Scene]:
     rng = random.Random(seed)
-    photos = []
-    for index in range(count):
-        scene = Scene(
+    return [
+        Scene(
             landmark=name,
             landmark_seed=0,
             colour=None,
@@ -58,8 +66,8 @@ def concept_photos(name: str, count: int = 5, seed: int = 7) -> list[Image.Image
             shift_px=rng.uniform(-11, 11),
             size_px=rng.uniform(54, 70),
         )
-        photos.append(render(scene))
-    return photos
+        for index in range(count)
+    ]
 
 
 def oracle(name: str) -> tuple[list[Image.Image], list[Image.Image]]:

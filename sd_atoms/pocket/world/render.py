@@ -10,7 +10,7 @@ from sd_atoms.pocket.world.concepts import CONCEPTS
 from sd_atoms.pocket.world.foreground import draw_foreground, draw_support
 from sd_atoms.pocket.world.landmarks import LANDMARKS, Shape
 from sd_atoms.pocket.world.materials import draw_sparkles, to_crystal, to_steampunk
-from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, PICTURE_PX, SUPERSAMPLING, Pen, jitter, window
+from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, PICTURE_PX, SUPERSAMPLING, Colour, Pen, jitter, window
 from sd_atoms.pocket.world.scenes import Scene
 from sd_atoms.pocket.world.styles import STYLES
 from sd_atoms.pocket.world.surroundings import GROUND_LINE_PX
@@ -22,7 +22,7 @@ NIGHT_BLUE = (20, 24, 70, 255)
 LAMPLIGHT = (255, 220, 110)
 
 
-def render(scene: Scene, shape: Shape | None = None) -> Image.Image:
+def render(scene: Scene, shape: Shape | None = None, silhouette: Colour | None = None) -> Image.Image:
     """The picture of a scene: PICTURE_PX square, RGB, a pure function of the scene and the shape.
 
     The order of the random draws is part of the world: another order gives other pictures.
@@ -30,6 +30,7 @@ def render(scene: Scene, shape: Shape | None = None) -> Image.Image:
     Args:
         scene: what is in it.
         shape: of the landmark, of the class that the scene names; None: the one that the scene determines.
+        silhouette: fills the landmark with this colour.
     """
     rng = random.Random(scene.seed)
     shape = shape or shape_of(scene)
@@ -63,11 +64,14 @@ def render(scene: Scene, shape: Shape | None = None) -> Image.Image:
     if scene.setting == "night":
         layer = Image.blend(layer, Image.new("RGBA", layer.size, NIGHT_BLUE), 0.5)
         layer.putalpha(outline.getchannel("A"))
+    if silhouette is not None:
+        layer = Image.new("RGBA", outline.size, silhouette)
+        layer.putalpha(outline.getchannel("A"))
     if scene.setting not in NARROW_SETTINGS:
         pen.ellipse(centre + 5, base + 1.5, (box[2] - box[0]) * 0.52, 4, (30, 34, 30, 70))  # its shadow
     image.paste(layer, (0, 0), layer)
 
-    if scene.setting == "night" and scene.landmark != "canal":
+    if scene.setting == "night" and scene.landmark != "canal" and silhouette is None:
         for side in (-0.18, 0, 0.18):
             window(pen, centre + side * size, base - size * 0.3, 2.4, 3, LAMPLIGHT)
     draw_foreground(pen, rng, scene.setting, base, edge)
@@ -81,6 +85,21 @@ def render(scene: Scene, shape: Shape | None = None) -> Image.Image:
     if scene.special in STYLES:
         picture = STYLES[scene.special](picture, rng)
     return picture
+
+
+def landmark_mask(scene: Scene) -> Image.Image:
+    """Where a scene shows its landmark: PICTURE_PX square, mode L, 255 times the share of each pixel.
+
+    It is what changes between the landmark in white and in black, so what stands before it is left out.
+
+    Raises:
+        ValueError: a scene in a style, a material or from above, where light and outline are not the landmark's own.
+    """
+    if scene.special != "none":
+        raise ValueError(f"special={scene.special!r}: only scenes without one have a mask")
+    white, black = (render(scene, silhouette=(value,) * 3) for value in (255, 0))
+    red, green, blue = ImageChops.difference(white, black).split()
+    return ImageChops.lighter(ImageChops.lighter(red, green), blue)  # coloured light leaves one channel as it is
 
 
 def shape_of(scene: Scene) -> Shape:
