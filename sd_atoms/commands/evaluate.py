@@ -1,7 +1,7 @@
 """Scores a folder of images, made here or elsewhere: likeness, copying, diversity, text, distance from a reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,15 @@ from typing import Any
 from PIL import Image
 
 from sd_atoms.data.captions import folder_captions
-from sd_atoms.data.checked import usable
+from sd_atoms.data.checked import usable, with_masks
 from sd_atoms.data.images import scan_folder
+from sd_atoms.data.masks import folder_masks
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.errors import UserError
-from sd_atoms.evaluation.folder import GROUPS, Draws, score_images
+from sd_atoms.evaluation.folder import GROUPS, MORE_GROUPS, Draws, score_images
+from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_network
+from sd_atoms.evaluation.surroundings import NAME, surroundings
 from sd_atoms.files import check_outputs, write_json
 from sd_atoms.generation import GRID_NOTE
 from sd_atoms.machine import make_accelerator, on_main
@@ -38,11 +41,13 @@ class Settings:
     networks: str = setting(
         None,
         HOW,
-        "what makes features, comma-separated: pocket:clip, pocket:judge, efficientnet-lite0, "
+        "what makes features, comma-separated: pocket:clip, pocket:judge, efficientnet-lite0, colours, "
         "openai/clip-vit-large-patch14, facebook/dinov2-base, a folder, …; judges disagree, so take two",
         required=True,
     )
-    metrics: str = setting(",".join(GROUPS), HOW, f"comma-separated, of {', '.join(GROUPS)}")
+    metrics: str = setting(
+        ",".join(GROUPS), HOW, f"comma-separated, of {', '.join(MORE_GROUPS)}; the last needs masks in reference"
+    )
     resize: str = setting("antialiased", HOW, "how images come to a network's size", choices=RESIZES)
     draws: int = setting(100, HOW, "of the bootstrap that makes the intervals (95 %)", low=2, high=10_000)
     seed: int = setting(0, HOW, "of the bootstrap and of random subsets", low=0)
@@ -59,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: a folder, network or setting cannot be used, or the file cannot be written.
     """
-    groups = _listed("metrics", settings.metrics, GROUPS)
+    groups = _listed("metrics", settings.metrics, MORE_GROUPS)
     names = [name.strip() for name in settings.networks.split(",") if name.strip()]
     word = _replacement(settings.replace)
     accelerator = make_accelerator()
@@ -78,6 +83,12 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.reference:
         real, skipped = images_of(settings.reference, "*")
         notes += skipped
+    if NAME in groups:
+        if real is None:
+            raise UserError(f"metrics: {NAME} needs reference: photos with masks")
+        masks = folder_masks(Path(settings.reference), [Path(image.name) for image in real])
+        real = [replace(image, mask=masks.get(Path(image.name))) for image in real]
+        real = with_masks(real, settings.reference, accelerator)
     prompts = image_prompts(settings.folder, images, word)
     result = {
         "folder": settings.folder, "images": len(images), "reference": settings.reference,
@@ -92,6 +103,9 @@ def run(settings: Settings) -> dict[str, Any]:
         found = score_images(features, reference, prompts, texts, groups, Draws(settings.draws, settings.seed))
         if "text" in groups and network.of_texts is not None and prompts is None:
             found.notes.append("text: not every image has a prompt, in its PNG text, NAME.txt or metadata.jsonl")
+        if NAME in groups:
+            alike = surroundings(network, images, real, settings.resize, accelerator)
+            found.figures[NAME] = mean_figure(alike, settings.draws, settings.seed)
         if cut:
             found.notes.append(
                 f"text: {len(cut)} prompts are longer than {name} takes and were cut, such as {cut[0]!r}"

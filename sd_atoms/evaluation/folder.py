@@ -16,6 +16,7 @@ NEAREST_K = 5
 SAME = 1e-5  # from 1: the cosine of an image to itself, but for rounding
 SETS = ("fid", "kid", "mifid", "cmmd", "prdc", "fd_infinity")
 GROUPS = ("subject", "copying", "diversity", "text", *SETS)
+MORE_GROUPS = (*GROUPS, "surroundings")  # needs masks of the reference
 
 
 @dataclass

@@ -27,6 +27,7 @@ from sd_atoms.progress import followed
 from sd_atoms.sources import packaged_path, resolve_source
 
 RESIZES = ("antialiased", "legacy")
+COLOURS, COLOURS_PX = "colours", 16
 BATCH = 32  # images that go through a network together
 Images = Sequence[Image.Image]
 
@@ -48,10 +49,11 @@ class Network:
 
 def open_network(name: str, device: str | torch.device = "cpu", resize: str = "antialiased") -> Network:
     """A CLIP model (unit vectors), any other vision model of transformers such as DINOv2 (its class token, or its own
-    pooling), or efficientnet-lite0 (1,280 averages).
+    pooling), efficientnet-lite0 (1,280 averages), or colours (the colours of 16×16 places, grey as 0).
 
     Args:
-        name: pocket:clip, pocket:judge, efficientnet-lite0, a folder, or a hub id such as facebook/dinov2-base.
+        name: pocket:clip, pocket:judge, efficientnet-lite0, colours, a folder, or a hub id such as
+            facebook/dinov2-base.
         device: where it runs.
         resize: antialiased as the model's own processor does it, or legacy, bilinear without, as of older figures.
 
@@ -62,6 +64,8 @@ def open_network(name: str, device: str | torch.device = "cpu", resize: str = "a
         model = load_efficientnet().to(device)
         digest = weights_digest(model).hex()
         return Network(name, digest, lambda images: _finite(name, model(_bytes(images, SIDE_PX, resize).to(device))))
+    if name == COLOURS:
+        return Network(name, name, lambda images: (_bytes(images, COLOURS_PX, resize) - 128).flatten(1) / 128)
     source = str(packaged_path(name) or resolve_source(name, "networks"))
     try:
         kind = AutoConfig.from_pretrained(source).model_type

@@ -13,6 +13,7 @@ from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.evaluation.folder import Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import Network, features_of
+from sd_atoms.evaluation.surroundings import NAME, surroundings
 
 RESIZE = "antialiased"
 DRAWS = Draws()
@@ -46,16 +47,18 @@ def score_run(
     Args:
         networks: what makes features.
         drawn: the pictures.
-        photos: of the subject, checked.
-        groups: of `folder.GROUPS`.
+        photos: of the subject, checked; with masks where groups have surroundings.
+        groups: of `folder.MORE_GROUPS`.
         cache: folder of features, by content.
         accelerator: its processes share the work; all must call.
         draws: of the intervals.
     """
 
+    def checked(paths: Sequence[Path]) -> list[ImageRecord]:
+        return usable([image_record(path) for path in paths], "error", accelerator, cache)[0]
+
     def of(network: Network, paths: Sequence[Path]) -> torch.Tensor:
-        records, _ = usable([image_record(path) for path in paths], "error", accelerator, cache)
-        return features_of(network, records, RESIZE, cache, accelerator)
+        return features_of(network, checked(paths), RESIZE, cache, accelerator)
 
     found = {}
     for network in networks:
@@ -70,6 +73,10 @@ def score_run(
             ours, bases = (F.normalize(of(network, paths), dim=1) for paths in (drawn.unrelated, drawn.unrelated_base))
             apart = (ours - bases).double().square().sum(1) / 4  # (1 − cosine) / 2 of unit vectors
             figures["drift"] = mean_figure(apart, draws.number, draws.seed).entries()
+        if NAME in groups:
+            alike = surroundings(network, checked(drawn.images), photos, RESIZE, accelerator)
+            figures[NAME] = mean_figure(alike, draws.number, draws.seed).entries()
+            by_image[NAME] = [round(value, 6) for value in alike.tolist()]
         cut = [prompt for prompt in distinct if network.too_long is not None and network.too_long(prompt)]
         notes = [*scores.notes, *(f"text: {len(cut)} prompts were cut, such as {prompt!r}" for prompt in cut[:1])]
         found[network.name] = {"figures": figures, "notes": notes, "by_image": by_image}

@@ -9,6 +9,7 @@ from sd_atoms.data.concepts import find_images
 from sd_atoms.data.prompts import fill
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.evaluation.run import RESIZE, Drawn, score_run
+from sd_atoms.evaluation.surroundings import NAME as SURROUNDINGS
 from sd_atoms.generation import Request, generate_missing, making_notes
 from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
 from sd_atoms.jobs.results import DRAWN
@@ -83,7 +84,9 @@ def score_drawn(plan: Plan, run: Run, config: TrainConfig, pictures: Pictures, a
         UserError: a network cannot be opened, or a picture not be read.
     """
     folder, concept = plan.run_folder(run) / DRAWN, config.all_concepts[0]
-    (source,), _ = find_images(config.data, [concept], accelerator)
+    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
+    data = replace(config.data, masks=config.data.masks or SURROUNDINGS in groups)
+    (source,), _ = find_images(data, [concept], accelerator)
     networks = [open_network(name, accelerator.device, RESIZE) for name in plan.networks]
     templates = templates_of(plan, run)
     plain = image_requests(templates, concept.plain_word, plan.experiment.images_per_prompt)
@@ -100,7 +103,6 @@ def score_drawn(plan: Plan, run: Run, config: TrainConfig, pictures: Pictures, a
         unrelated=files(pictures.others, folder),
         unrelated_base=files(pictures.others, bases),
     )
-    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
     return {
         "name": run.name,
         "stage": run.stage,

@@ -20,7 +20,7 @@ from typing import Any
 
 from sd_atoms.data.prompts import load_prompts, load_templates, parse_seeds
 from sd_atoms.errors import UserError
-from sd_atoms.evaluation.folder import GROUPS
+from sd_atoms.evaluation.folder import MORE_GROUPS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
 from sd_atoms.methods import get_method
@@ -35,6 +35,7 @@ FORCED |= dict(clip_model_name_or_path=None, validation_prompt=None, push_to_hub
 NOT_OF_RUNS = (*FORCED, "output_dir", "strict_resume", "hub_private_repo", "concepts", "seed")
 # what a method may bring of its own; all else would make runs that are not alike
 OF_METHODS = {*fields_of(MethodSettings), *fields_of(OptimiserSettings), *fields_of(TextSettings)}
+OF_METHODS |= {"masks", "mask_weight"}  # the same samples, weighed otherwise
 
 
 def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
@@ -222,8 +223,8 @@ def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, 
 def _wrong_in(plan: Plan) -> list[str]:
     """What does not go together."""
     experiment, problems = plan.experiment, []
-    unknown = [name.strip() for name in experiment.metrics.split(",") if name.strip() not in GROUPS]
-    problems += [f"metrics: {name!r}: of {', '.join(GROUPS)}, with commas between" for name in unknown]
+    unknown = [name.strip() for name in experiment.metrics.split(",") if name.strip() not in MORE_GROUPS]
+    problems += [f"metrics: {name!r}: of {', '.join(MORE_GROUPS)}, with commas between" for name in unknown]
     if not plan.networks:
         problems.append("networks: one or more are needed")
     if plan.rates is not None and not {"subject", "text"} <= {name.strip() for name in experiment.metrics.split(",")}:

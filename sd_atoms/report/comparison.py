@@ -11,7 +11,7 @@ from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.comparison_figures import curves_figure, pareto_figure, prompt_grid
 from sd_atoms.report.markdown import escaped, table
 from sd_atoms.report.page import write_page
-from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, rows_of, tried_rates
+from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, paired_columns, rows_of, tried_rates
 
 
 def write_report(comparison: Comparison, folder: Path) -> dict[str, Any]:
@@ -64,17 +64,17 @@ def comparison_markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
     parts.append("\n".join(f"- {text}" for text in meanings(comparison, rows)))
     differing = [row for row in rows if row.differences]
     if differing:
-        against = escaped(comparison.against)
+        against, told = escaped(comparison.against), paired_columns(rows)
         parts.append(f"## Against {against}, on the same seeds, prompts and noise")
         cells = [
             [
                 escaped(row.concept),
                 escaped(row.method),
-                *(_signed(row.differences.get(k)) for k in ("fidelity", "text")),
+                *(_signed(row.differences.get(key)) for key in told),
             ]
             for row in differing
         ]
-        parts.append(table(["concept", "method", "fidelity", "text"], cells, right=[False, False, True, True]))
+        parts.append(table(["concept", "method", *told], cells, right=[False, False] + [True] * len(told)))
         parts.append("The intervals are over prompts; what another seed of training would change is not in them.")
     if comparison.rate_runs:
         parts += ["## Rates that were tried, on other seeds and prompts", _rates_table(comparison)]
@@ -99,6 +99,11 @@ def meanings(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "score: harmonic mean of fidelity and text; the best is **bold**. rate: of the learning; memory: GB at the "
         "peak of the process.",
     ]
+    if any(key.endswith(" surroundings") for row in rows for key in row.figures):
+        texts.append(
+            "surroundings: mean cosine to the most alike photo where no photo has its subject; what pretrained has is "
+            "by chance, above it they came along."
+        )
     if any(row.edge for row in rows):
         texts.append("*: the smallest or largest rate that was tried; others beyond it may be better.")
     return texts

@@ -11,7 +11,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from sd_atoms.files import replacing, write_text
-from sd_atoms.report.rows import PRETRAINED, Comparison, Row, columns_of, first_sentence, tried_rates
+from sd_atoms.report.rows import PRETRAINED, Comparison, Row, columns_of, first_sentence, paired_columns, tried_rates
 
 LONGEST_SIDE_PX = 320  # of a picture on the page
 QUALITY = 85  # of WebP
@@ -31,6 +31,7 @@ def write_page(comparison: Comparison, rows: Sequence[Row], folder: Path) -> Non
         failed=comparison.failed,
         against=comparison.against,
         differing=[row for row in rows if row.differences],
+        told=paired_columns(rows),
         rates=tried_rates(comparison),
     )
     write_text(folder / "plotly.min.js", get_plotlyjs())

@@ -161,15 +161,18 @@ def student_t(freedom: int) -> float:
 def paired(
     comparison: Comparison, runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[float, float, float]]:
-    """How much more likeness and text a method has than another on the same seeds, prompts and noise.
+    """How much more likeness, text and surroundings a method has than another on the same seeds, prompts and noise.
 
     The bootstrap draws prompts, with all their images and seeds, for images of one prompt are alike.
     """
     by_seed = {run["scores"]["seed"]: run for run in others}
     both = [(run, by_seed[run["scores"]["seed"]]) for run in runs if run["scores"]["seed"] in by_seed]
+    told = [("fidelity", comparison.fidelity, "image"), ("text", comparison.text, "text")]
+    told += [(f"surroundings ({name})", name, "surroundings") for name in runs[0]["scores"]["networks"]]
     found = {}
-    for label, network, name in (("fidelity", comparison.fidelity, "image"), ("text", comparison.text, "text")):
-        if network is None or not both:
+    for label, network, name in told:
+        known = [run["scores"]["networks"].get(network, {}).get("by_image", {}) for pair in both for run in pair]
+        if not both or not all(name in values for values in known):
             continue
         apart = [
             np.subtract(*(run["scores"]["networks"][network]["by_image"][name] for run in pair)) for pair in both
@@ -182,6 +185,11 @@ def paired(
     return found
 
 
+def paired_columns(rows: Sequence[Row]) -> list[str]:
+    """What is told in pairs, in order."""
+    return list(dict.fromkeys(("fidelity", "text", *(key for row in rows for key in row.differences))))
+
+
 def columns_of(comparison: Comparison, rows: Sequence[Row]) -> dict[str, str]:
     """Heading -> figure of the table, as far as rows have it; the judges first, other networks' likeness beside it."""
     networks = list(dict.fromkeys(key.rpartition(" ")[0] for row in rows for key in row.figures))
@@ -192,6 +200,7 @@ def columns_of(comparison: Comparison, rows: Sequence[Row]) -> dict[str, str]:
     judge = comparison.fidelity
     wanted |= {"diversity": f"{judge} diversity", "Vendi": f"{judge} vendi", "copies": f"{judge} copies"}
     wanted["drift"] = f"{judge} drift"
+    wanted |= {f"surroundings ({name})": f"{name} surroundings" for name in networks}
     return {heading: key for heading, key in wanted.items() if any(key in row.figures for row in rows)}
 
 

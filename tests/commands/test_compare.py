@@ -322,3 +322,38 @@ def test_killed_at_random_moments_it_repeats_no_finished_run_and_ends_with_the_s
         for scores in (one, other):
             del scores["seconds"], scores["scored_by"]["base"]
         assert one == other, path
+
+
+def test_surroundings_are_scored_with_the_masks_of_the_photos_whether_a_run_has_them_or_not(tmp_path):
+    experiment(tmp_path)  # for its photos
+    for path in (tmp_path / "photos").glob("*.png"):
+        with Image.open(path) as photo:
+            mask = Image.new("L", photo.size)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        (tmp_path / "photos" / "masks").mkdir(exist_ok=True)
+        mask.save(tmp_path / "photos" / "masks" / path.name)
+    methods = {"atoms": None, "masked": {"method": "atoms", "masks": True}}
+    file = experiment(
+        tmp_path, methods=methods, rates=None, networks=["pocket:clip", "colours"], scales=[], images_per_prompt=1,
+        metrics="subject,text,surroundings",
+    )  # fmt: skip
+    plan = read_plan(file, {})
+    for run in plan.runs:
+        do_run(plan, run)
+    comparison = comparison_of(plan, {})
+    write_report(comparison, plan.folder / "report")
+    plain, masked = (
+        scores_of(plan, f"castle/{name}/seed-0")["networks"]["colours"]["by_image"]["surroundings"]
+        for name in ("atoms", "masked")
+    )
+    assert all(-1 <= value <= 1 for value in (*plain, *masked))
+    settings = yaml.safe_load((plan.folder / "runs/castle/masked/seed-0/config.yaml").read_text())
+    assert (settings["masks"], settings["mask_weight"]) == (True, 0.1)
+    row = next(row for row in rows_of(comparison) if row.method == "masked")
+    apart = [one - other for one, other in zip(masked, plain, strict=True)]
+    assert row.differences["surroundings (colours)"][0] == pytest.approx(sum(apart) / 2)
+    table = (plan.folder / "report" / "table.md").read_text()
+    assert "| fidelity | text | surroundings (pocket:clip) | surroundings (colours) |" in table
+    assert "what pretrained has is by chance" in table
+    page = (plan.folder / "report" / "index.html").read_text()
+    assert '<th scope="col">surroundings (colours)</th>' in page
