@@ -29,6 +29,8 @@ COMMANDS = (
     "drift",
     "compare",
     "sweep",
+    "sheet",
+    "pick",
     "inspect",
     "share",
     "export",

@@ -197,7 +197,7 @@ def test_every_command_calls_its_base_alike():
         if "pretrained_model_name_or_path" in fields:
             assert "base" in fields["pretrained_model_name_or_path"][1].metadata["aliases"], command
             takes.append(command)
-    assert takes == ["train", "doctor", "generate", "drift", "inspect", "export", "import", "extract"]
+    assert takes == ["train", "doctor", "generate", "drift", "sheet", "pick", "inspect", "export", "import", "extract"]
     config = resolve(TrainConfig, {"base": "pocket", "instance_data_dir": "photos", "instance_prompt": "a <c>"})
     assert config.base.pretrained_model_name_or_path == "pocket"
 

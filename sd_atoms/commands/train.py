@@ -12,6 +12,8 @@ import torch
 from accelerate.utils import set_seed
 
 from sd_atoms.commands.share import write_share_folder
+from sd_atoms.commands.sheet import Settings as SheetSettings
+from sd_atoms.commands.sheet import make_sheet
 from sd_atoms.data.checked import usable
 from sd_atoms.data.concepts import Source, find_images, image_prompts
 from sd_atoms.data.config import Concept
@@ -167,6 +169,8 @@ def run(config: TrainConfig) -> Path:
     # Report
     if accelerator.is_main_process:
         report(config, folder, sources, sets, scorer, outcome, memory)
+    if config.images.contact_sheet:
+        make_sheet(SheetSettings(run=str(folder), overwrite=anew), accelerator)
     accelerator.end_training()
     return folder
 

@@ -123,6 +123,8 @@ class Artefact:
         text = {f"{TEXT}.{key}": value for key, value in self.text_state.items()}
         for key, value in sorted({**self.state, **self.tokens, **text}.items()):
             content.update(key.encode() + value.float().contiguous().numpy().tobytes())
+        if self.is_atoms and self.config.scale_pattern:
+            content.update(json.dumps(self.config.scale_pattern, sort_keys=True).encode())
         for config in (self.text_config, None if self.is_atoms else self.config):
             if config is not None:  # LoRA of another alpha is another one; the layers are in the keys
                 settings = kept_settings(config) | {"target_modules": None}

@@ -55,6 +55,26 @@ def run_of(checkpoint: Path) -> Path:
     )
 
 
+def run_config(folder: Path, base: str | None = None, base_config: str | None = None) -> TrainConfig:
+    """The settings of a run.
+
+    Args:
+        folder: of the run.
+        base: where its base is now; None = where it was.
+        base_config: configs of the base, where it is one file; None = as the run had them.
+
+    Raises:
+        UserError: it is no run folder, or its settings cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: is no run folder, it holds no {CONFIG}")
+    config = resolve(TrainConfig, {}, str(folder / CONFIG), [])
+    if base is None:
+        return config if base_config is None else replaced(config, base_config=base_config)
+    made_like = (base_config or config.base.base_config) if Path(base).expanduser().is_file() else None
+    return replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
+
+
 def open_adapter(source: str, base: str | None = None, base_config: str | None = None) -> Artefact:
     """Reads an adapter as `read_artefact` does, or that of a checkpoint.
 
@@ -70,11 +90,7 @@ def open_adapter(source: str, base: str | None = None, base_config: str | None =
     path = checkpoint_of(source)
     if path is None:
         return read_artefact(source)
-    settings = run_of(path) / CONFIG
-    config = resolve(TrainConfig, {}, str(settings), [])
-    if base is not None:
-        made_like = (base_config or config.base.base_config) if Path(base).expanduser().is_file() else None
-        config = replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
+    config = run_config(run_of(path), base, base_config)
     pipe = open_base_of(config.base)
     add_adapters(pipe, config)
     rows, _, parameters = trained_parts(pipe, config)

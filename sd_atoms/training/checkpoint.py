@@ -175,6 +175,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name).group(1)))
 
 
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """Step -> checkpoint, by rising step.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    found = {int(NAME.fullmatch(path.name).group(1)): path for path in checkpoints(folder)}
+    if not found:
+        raise UserError(f"{folder}: holds no checkpoint; checkpointing_steps says how often a run keeps one")
+    return found
+
+
 def set_aside_later(folder: Path, step: int) -> list[Path]:
     """Moves the checkpoints after a step into `folder`/abandoned: the run goes on from there, on another branch."""
     later = [path for path in checkpoints(folder) if int(NAME.fullmatch(path.name).group(1)) > step]

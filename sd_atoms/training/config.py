@@ -294,6 +294,9 @@ class ImageSettings:
     generation_batch_size: int = setting(
         1, PICTURES, "pictures a process draws together; the last bits of a picture follow it", low=1
     )
+    contact_sheet: bool = setting(
+        False, PICTURES, "also draw every checkpoint at several strengths on one sheet, as sd-atoms sheet does"
+    )
     clip_model_name_or_path: str | None = setting(
         None, PICTURES, "CLIP that scores them: pocket:clip, a folder or a hub id; none = no scores"
     )

@@ -21,6 +21,7 @@ from sd_atoms.training.config import OutputSettings, TrainConfig
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
 CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE = "checkpoints", "adapter", "images", "logs", "share"
+SHEET, PICKED = "sheet", "picked"  # of `sd-atoms sheet` and `sd-atoms pick`
 LATENTS = "latents"  # during a run, where they do not fit into memory
 LIBRARIES = ("sd-atoms", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow", "numpy")
 # a resumed run may differ from its start in these: they change no trained number that is already fixed
@@ -29,7 +30,7 @@ FREE_ON_RESUME = {
     "checkpointing_steps", "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images",
     "prompts_file", "num_instance_images", "generation_batch_size", "guidance_scale", "num_inference_steps",
     "scheduler", "clip_model_name_or_path", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "cache_dir", "latents_in_memory",
+    "cache_dir", "latents_in_memory", "contact_sheet",
 }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def open_run(config: TrainConfig, processes: int, start: Callable[[Path], None])
     for path in leftovers(folder):
         path.unlink(missing_ok=True)
     if not config.output.resume_from_checkpoint:
-        for entry in (CHECKPOINTS, ADAPTER, IMAGES, SHARE):
+        for entry in (CHECKPOINTS, ADAPTER, IMAGES, SHARE, SHEET, PICKED):
             shutil.rmtree(folder / entry, ignore_errors=True)
         for path in old_curves:
             path.unlink(missing_ok=True)
