@@ -110,3 +110,23 @@ def test_every_way_to_draw_and_again(base, concepts, tmp_path, monkeypatch, word
     assert (ours == theirs).all()
     assert ours.std() > 1
     assert image_notes(out / "prompt00-seed3.png")["command"].startswith("sd-atoms generate --adapter=castle")
+
+
+def test_starting_settings_masks_sheet_and_pick(base, tmp_path):
+    run, prompts = tmp_path / "run", tmp_path / "one.txt"
+    prompts.write_text("a {} in snow\n")
+    words = ["--config", "sd14/castle", "--base", str(base), "--instance_data_dir", "pocket:castle", "--masks"]
+    words += ["--resolution", "128", "--mixed_precision", "no", "--gradient_accumulation_steps", "1"]
+    words += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--num_inference_steps", "2"]
+    words += ["--prompts_file", str(prompts), "--num_instance_images", "1", "--output_dir", str(run)]
+    assert train_main(words) == 0
+    sheet = ["sheet", str(run), "--strengths", "0.5,1", "--prompts", str(prompts), "--seeds", "0"]
+    assert main(sheet) == 0
+    width, height = Image.open(run / "sheet" / "sheet.png").size
+    assert width > 2 * 128
+    assert height > 2 * 128
+    assert main(["pick", str(run), "--step", "1", "--strength", "0.5"]) == 0
+    (picked,) = (run / "picked").glob("*.safetensors")
+    words = ["generate", "--adapter", str(picked), "--base", str(base), "--prompt", "a {} in snow", "--seeds", "0"]
+    assert main([*words, "--num_inference_steps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert len(read_artefact(picked).layers) == 52
