@@ -220,8 +220,8 @@ def resolve(
                 values[name] = str(beside) if beside.is_file() else values[name]
     reported = {problem.split(":")[0].lstrip("-") for problem in problems}
     for name, (_, field) in fields.items():
-        excused = any(values.get(other) is not None for other in field.metadata["unless"])
-        if field.metadata["required"] and values.get(name) is None and name not in reported and not excused:
+        excused = any(values.get(other) not in (None, ()) for other in field.metadata["unless"])
+        if field.metadata["required"] and values.get(name) in (None, ()) and name not in reported and not excused:
             same = "".join(f" (--{alias})" for alias, value in field.metadata["aliases"].items() if value is None)
             problems.append(f"{name}{same} is required: {field.metadata['help']}")
     if problems:

@@ -10,6 +10,7 @@ from sd_atoms.commands import drawing
 from sd_atoms.data.images import read_image
 from sd_atoms.files import check_outputs
 from sd_atoms.generation import Request, generate, picture_notes, save_image
+from sd_atoms.generation.png import AGAIN_NOTE
 from sd_atoms.generation.record import check_files, check_there, command_notes, making, read_making
 from sd_atoms.machine import make_accelerator
 from sd_atoms.settings import Parser, add_flags, resolve, setting
@@ -51,13 +52,13 @@ def run(settings: Settings) -> Path:
     drawn = list(generate(own.pipe, together, own.sampling, None, made.together, own.conditions))[made.place][1]
     now = making(files, made.together, made.place, accelerator.device)
     notes = picture_notes(request, own.sampling, own.notes)
-    save_image(out, drawn, notes | command_notes(own.settings, now))
+    save_image(out, drawn, notes | command_notes(own.settings, now) | {AGAIN_NOTE: picture.name})
     before = np.asarray(read_image(picture), dtype=int)
     difference = np.abs(np.asarray(drawn, dtype=int) - before).max() if before.shape[:2] == drawn.size[::-1] else None
     outcome = "the same, bit for bit"
     if difference is None or difference:
         apart = "of another size" if difference is None else f"up to {difference} of 255 apart"
-        other = [f"{name} {now.libraries[name]}, was {old}" for name, old in made.libraries.items()
+        other = [f"{name} {now.libraries.get(name)}, was {old}" for name, old in made.libraries.items()
                  if now.libraries.get(name) != old]  # fmt: skip
         other += [f"drawn on {now.device}, was {made.device}"] * (now.device != made.device)
         outcome = f"{apart} ({'; '.join(other) or 'another machine, another base, or a picture changed since'})"

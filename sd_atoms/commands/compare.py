@@ -20,7 +20,7 @@ from sd_atoms.commands import train
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_json, write_text
-from sd_atoms.jobs.drawing import draw_run, score_drawn
+from sd_atoms.jobs.drawing import check_surroundings, draw_run, score_drawn
 from sd_atoms.jobs.experiment import FORCED, read_plan
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Run, chosen_rate
 from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
@@ -136,6 +136,7 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
         raise UserError("compare starts its runs itself; start it without accelerate launch")
     slots = working.queue.slots()
     check_networks(plan)  # what is not there is said now, not after a training
+    check_surroundings(plan)
     check_folders(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():

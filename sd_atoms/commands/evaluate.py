@@ -1,7 +1,7 @@
 """Scores a folder of images, made here or elsewhere: likeness, copying, diversity, text, distance from a reference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_net
 from sd_atoms.evaluation.surroundings import NAME, surroundings
 from sd_atoms.files import check_outputs, write_json
 from sd_atoms.generation import GRID_NOTE
+from sd_atoms.generation.png import AGAIN_NOTE
 from sd_atoms.machine import make_accelerator, on_main
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
@@ -71,24 +72,24 @@ def run(settings: Settings) -> dict[str, Any]:
     on_main(accelerator, lambda: check_outputs(settings.overwrite, json=settings.json))
     cache = Path(settings.cache_dir) if settings.cache_dir else None
 
-    def images_of(folder: str, pattern: str) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    def images_of(folder: str, pattern: str, masks: bool = False) -> tuple[list[ImageRecord], tuple[str, ...]]:
         paths = [path for path in scan_folder(folder).paths if fnmatch(path.name, pattern)]
-        paths = [path for path in paths if GRID_NOTE not in _png_text(path)]
+        paths = [path for path in paths if not {GRID_NOTE, AGAIN_NOTE} & _png_text(path).keys()]
         if not paths:
             raise UserError(f"{folder}: no images named {pattern}")
-        return usable([image_record(path) for path in paths], settings.on_bad_image, accelerator, cache)
+        own = folder_masks(Path(folder), paths) if masks else {}
+        records = [image_record(path, mask=own.get(path)) for path in paths]
+        return usable(records, settings.on_bad_image, accelerator, cache)
 
     images, notes = images_of(settings.folder, settings.pattern)
     real = None
     if settings.reference:
-        real, skipped = images_of(settings.reference, "*")
+        real, skipped = images_of(settings.reference, "*", NAME in groups)
         notes += skipped
     if NAME in groups:
         if real is None:
             raise UserError(f"metrics: {NAME} needs reference: photos with masks")
-        masks = folder_masks(Path(settings.reference), [Path(image.name) for image in real])
-        real = [replace(image, mask=masks.get(Path(image.name))) for image in real]
-        real = with_masks(real, settings.reference, accelerator)
+        real = with_masks(real, accelerator)
     prompts = image_prompts(settings.folder, images, word)
     result = {
         "folder": settings.folder, "images": len(images), "reference": settings.reference,

@@ -51,7 +51,7 @@ def run(settings: Settings) -> Path:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name of a .safetensors file is needed")
     check_outputs(settings.overwrite, out=str(out))
-    artefact = open_adapter(str(kept[settings.step]), *base)
+    artefact = open_adapter(str(kept[settings.step]), *base, of_step=True)
     if settings.strength != 1:
         artefact = folded(artefact, settings.strength, open_base_of(config.base))
         training = {**artefact.about.get("training", {}), "strength": settings.strength}

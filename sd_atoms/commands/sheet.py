@@ -19,6 +19,7 @@ from sd_atoms.generation import GRID_NOTE, Request, generate_missing, making_not
 from sd_atoms.machine import make_accelerator
 from sd_atoms.methods.adapters import delete_adapter, set_adapters
 from sd_atoms.pipeline import load_adapter
+from sd_atoms.progress import followed
 from sd_atoms.report.sheet import Cell, sheet_entries, sheet_image, sheet_text
 from sd_atoms.settings import setting
 from sd_atoms.training.adapter import open_adapter, run_config
@@ -31,6 +32,7 @@ WHAT, HOW, RESULT = "what is drawn", "how it is scored", "result"
 STRENGTHS = (0.6, 0.8, 1.0, 1.2)
 PROMPTS = 3  # of a run's own, where none are named
 MOST_PHOTOS = 100
+BATCH = 32  # pictures that go through a network together
 PICTURE, NUMBERS = "sheet.png", "sheet.json"
 
 
@@ -115,7 +117,7 @@ def make_sheet(settings: Settings, accelerator) -> Path:
     ]
     cells = []
     for step, path in chosen.items():
-        artefact = open_adapter(str(path), *base)
+        artefact = open_adapter(str(path), *base, of_step=True)
         load_adapter(pipe, artefact)
         if not cells:
             check_lengths(pipe.tokenizer, [prompt for prompt, _ in prompts])
@@ -176,7 +178,8 @@ def _strengths(text: str | None) -> list[float]:
         found = [float("nan")]
     if text is not None and (not found or not all(-10 <= value <= 10 for value in found)):
         raise UserError(f"strengths: {text!r}: numbers from -10 to 10 with commas between are allowed")
-    return list(dict.fromkeys(found))
+    # what reads alike has one folder
+    return list({f"{value:g}": value for value in found}.values())
 
 
 def _usual_strengths(pipe) -> Sequence[float]:
@@ -225,14 +228,19 @@ def _scored(
     networks: Sequence[Network],
 ) -> list[Cell]:
     judge, reader = networks[0], next((network for network in networks if network.of_texts is not None), None)
-    reference, own, found = judge.of_images(photos), {}, []
+    reference, own, found = _features(judge, photos), {}, []
     if reader is not None:
         distinct = list(dict.fromkeys(texts))
         own = dict(zip(distinct, reader.of_texts(distinct), strict=True))
-    for cell, drawn in zip(cells, pictures, strict=True):
-        cell = replace(cell, likeness=per_image(judge.of_images(drawn), reference, texts, {})["image"])
+    for cell, drawn in followed(list(zip(cells, pictures, strict=True)), len(cells), "Scores", "cell"):
+        cell = replace(cell, likeness=per_image(_features(judge, drawn), reference, texts, {})["image"])
         if reader is not None:
-            features = reader.of_images(drawn)
+            features = _features(reader, drawn)
             cell = replace(cell, text=per_image(features, features, texts, own)["text"])
         found.append(cell)
     return found
+
+
+def _features(network: Network, pictures: Sequence[Any]) -> torch.Tensor:
+    """(N, d), BATCH pictures at once."""
+    return torch.cat([network.of_images(pictures[n : n + BATCH]) for n in range(0, len(pictures), BATCH)])

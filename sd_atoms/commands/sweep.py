@@ -31,7 +31,8 @@ NOT_VARIED = (
     "hub_model_id",
     "hub_private_repo",
 )
-FIRST, FACTORS = "first", (1 / 3, 1, 3)  # wider than two seeds differ, and three runs a person will wait for
+FIRST = "first"  # wider than two seeds differ, and three runs a person will wait for
+DECIDING = ("method", "peft_config", "optimizer")  # of the usual rate
 LONGEST_NAME = 200  # bytes, of a folder; usual disks have 255, and files beside it are called longer
 UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
 
@@ -68,8 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     vary, path, preset = parse_vary(flags.pop("vary")), flags.pop("config"), flags.pop("preset")
     queue = resolve(QueueSettings, {name: flags.pop(name) for name in fields_of(QueueSettings) if name in flags})
     if preset is not None:
-        if "learning_rate" in vary:
-            raise UserError("preset: it varies learning_rate itself; leave one of both out")
+        if taken := [name for name in ("learning_rate", *DECIDING) if name in vary]:
+            raise UserError(f"preset: {taken[0]} decides the learning rate, which it varies itself; leave one out")
         vary = {"learning_rate": usual_rates(flags, path)} | vary
     if not vary:
         raise UserError("vary or preset is required")
@@ -115,7 +116,7 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def usual_rates(flags: Mapping[str, Any], config_path: str | None) -> list[str]:
-    """The learning rate that these settings have, or their method, times each of FACTORS, in two digits.
+    """The learning rate that these settings have, or their method, and a third and three times as much.
 
     Raises:
         UserError: the settings are wrong, or their method has no usual rate.
@@ -123,7 +124,7 @@ def usual_rates(flags: Mapping[str, Any], config_path: str | None) -> list[str]:
     rate = with_defaults(resolve(TrainConfig, dict(flags), config_path)).optimiser.learning_rate
     if not rate:
         raise UserError("preset: there is no learning rate to multiply; give one")
-    return [f"{rate * factor:.2g}" for factor in FACTORS]
+    return [f"{rate / 3:.2g}", repr(rate), f"{rate * 3:.2g}"]
 
 
 def grid_points(vary: Mapping[str, Sequence[str]], flags: Mapping[str, Any], config_path: str | None) -> list[Point]:

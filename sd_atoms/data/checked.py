@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sd_atoms.data.captions import refuse
-from sd_atoms.data.masks import EXPECTED, Mask, examined
+from sd_atoms.data.masks import Mask, examined
 from sd_atoms.data.records import ImageRecord, ImageStats, image_stats
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
@@ -79,16 +79,15 @@ def usable(
     return good, problems
 
 
-def with_masks(pictures: Sequence[ImageRecord], place: str, accelerator=None) -> list[ImageRecord]:
+def with_masks(pictures: Sequence[ImageRecord], accelerator=None) -> list[ImageRecord]:
     """Reads every mask once; a picture whose mask is in no file has its alpha channel for one, unless it is opaque.
 
     Args:
         pictures: checked, with the masks that are files.
-        place: what messages call where they are.
         accelerator: as for `usable`.
 
     Raises:
-        UserError: all masks that cannot be used at once, or no picture has one.
+        UserError: all masks that cannot be used at once.
     """
 
     def look(picture: ImageRecord) -> dict[str, Any] | str | None:
@@ -105,8 +104,6 @@ def with_masks(pictures: Sequence[ImageRecord], place: str, accelerator=None) ->
     found = shared_work(look_at, pictures, accelerator)
     problems = [seen for seen in found if isinstance(seen, str)]
     refuse(problems, f"{len(problems)} of {len(pictures)} masks cannot be used:")
-    if not any(found):
-        raise UserError(f"masks: {place} holds none; expected {EXPECTED} for its pictures, or transparent pictures")
     masks = [picture.mask or Mask(picture.name, picture.content) for picture in pictures]
     return [
         replace(picture, mask=seen and replace(mask, **seen))

@@ -7,7 +7,7 @@ from pathlib import Path
 from sd_atoms.data.checked import usable, with_masks
 from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.labelled import task_images
-from sd_atoms.data.masks import mask_files
+from sd_atoms.data.masks import EXPECTED, mask_files
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import ImageRecord, folder_images, table_images
 from sd_atoms.data.shards import find_shards, shard_images
@@ -64,9 +64,12 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
                 )
         found, left_out = usable(found, data.on_bad_image, accelerator, cache)
         if data.masks:
-            found = with_masks(found, place, accelerator)
+            found = with_masks(found, accelerator)
         notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
         sources.append(Source(concept, found))
+    if data.masks and not any(image.mask for source in sources for image in source.images):
+        places = ", ".join(dict.fromkeys(image_place(data, concept) for concept in concepts))
+        raise UserError(f"masks: {places} holds none; expected {EXPECTED} for its pictures, or transparent pictures")
     return sources, notes
 
 

@@ -51,10 +51,17 @@ class Mask:
 
 
 def mask_files(folder: Path) -> list[tuple[str, Path]]:
-    """(stem of the picture, file) of every file in a folder of pictures that is a mask by its name or place."""
+    """(stem of the picture, file) of every file in a folder of pictures that is a mask by its name or place.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
     inside = folder / FOLDER
-    named = [path for path in folder.iterdir() if masked_stem(path)]
-    placed = [*inside.iterdir()] if inside.is_dir() else []
+    try:
+        named = [path for path in folder.iterdir() if masked_stem(path)]
+        placed = [*inside.iterdir()] if inside.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); expected a folder of masks") from error
     return [(masked_stem(path) or path.stem, path) for path in [*sorted(named), *sorted(placed)] if _is_picture(path)]
 
 

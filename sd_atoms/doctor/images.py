@@ -91,21 +91,21 @@ def turned(about: str, looks: Sequence[ImageStats]) -> list[Finding]:
 
 def masks(about: str, images: Sequence[ImageRecord]) -> list[Finding]:
     """How many pictures have masks; warnings about pictures without one, and masks that are nearly empty or full."""
-    own = {Path(image.name).name: image.mask for image in images}
-    shares = {name: mask.share for name, mask in own.items() if mask is not None}
+    own = [(Path(image.name).name, image.mask) for image in images]
+    shares = [(name, mask.share) for name, mask in own if mask is not None]
     if not shares:
         return []
-    span = f"{min(shares.values()):.0%} to {max(shares.values()):.0%}"
+    span = f"{min(share for _, share in shares):.0%} to {max(share for _, share in shares):.0%}"
     found = [Finding("fact", about, f"{plural(len(shares), 'mask')}; the subject is {span} of a picture")]
     for names, what, fix in (
-        ([name for name, mask in own.items() if mask is None], "without a mask", "they are learned whole; add masks"),
+        ([name for name, mask in own if mask is None], "without a mask", "they are learned whole; add masks"),
         (
-            [name for name, share in shares.items() if share < LITTLE],
+            [name for name, share in shares if share < LITTLE],
             "with a mask that is nearly empty",
             "white is the subject; mend these masks",
         ),
         (
-            [name for name, share in shares.items() if share > NEARLY_ALL],
+            [name for name, share in shares if share > NEARLY_ALL],
             "with a mask that is nearly full",
             "they are learned whole; black is what surrounds the subject",
         ),

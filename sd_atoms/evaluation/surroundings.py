@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from torch.nn import functional as F
 
 from sd_atoms.data.images import fit
+from sd_atoms.data.masks import EXPECTED
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.metrics import nearest
@@ -30,7 +31,7 @@ def subject_places(photos: Sequence[ImageRecord]) -> Image.Image:
     """
     without = [photo.name for photo in photos if photo.mask is None]
     if without:
-        raise UserError(f"{NAME}: {without[0]} has no mask, which says where the subject is")
+        raise UserError(f"{NAME}: {without[0]} has no mask, which says where the subject is; expected {EXPECTED}")
     masks = [fit(photo.mask.read(), SIDE_PX, center_crop=True, resample="box", rng=None) for photo in photos]
     most = Image.fromarray(np.max([np.asarray(mask) for mask in masks], axis=0))
     places = most.point(lambda value: 255 if value > 8 else 0).filter(ImageFilter.MaxFilter(7))

@@ -4,6 +4,8 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from sd_atoms.data.images import fit, read_image
+from sd_atoms.data.masks import LEAST_WHITE, Mask
 from sd_atoms.errors import UserError
 from sd_atoms.pipeline.sampling import Sampling
 
@@ -62,14 +65,21 @@ def read_conditions_images(
     how = dict(center_crop=True, resample="lanczos", rng=None)
     if mask is None:
         return fit(picture, shape, **how), None
-    drawn = read_image(mask)
+    drawn = Mask(str(mask), partial(_content, mask)).read()
     if drawn.size != picture.size:
         sizes = [f"{side.width} x {side.height}" for side in (drawn, picture)]
         raise UserError(f"mask_image: {mask} is {sizes[0]} px, image {image} is {sizes[1]} px; one size is needed")
-    drawn = fit(drawn, shape, **how | dict(resample="bilinear")).convert("L")
-    if drawn.getextrema()[1] < 128:
+    drawn = fit(drawn, shape, **how | dict(resample="bilinear"))
+    if drawn.getextrema()[1] < LEAST_WHITE:
         raise UserError(f"mask_image: {mask} has no white, which is where the picture is drawn anew")
     return fit(picture, shape, **how), drawn
+
+
+def _content(path: str | Path) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"mask_image: {path}: cannot be read ({error.strerror})") from error
 
 
 def _size_like(picture: Image.Image, areas_px: tuple[int, int], size_px: tuple[int | None, int | None], unit_px: int):
@@ -151,7 +161,7 @@ def call_settings(conditions: Conditions, sampling: Sampling, count: int, unit_p
 def _whole_latents(mask: Image.Image, unit_px: int) -> Image.Image:
     """A mask in black and white whose white covers whole latents: diffusers asks one pixel of each, and would pass
     over what is thinner."""
-    white = np.asarray(mask) >= 128
+    white = np.asarray(mask) >= LEAST_WHITE
     blocks = white.reshape(white.shape[0] // unit_px, unit_px, white.shape[1] // unit_px, unit_px).any(axis=(1, 3))
     return Image.fromarray(np.kron(blocks, np.full((unit_px, unit_px), 255)).astype(np.uint8))
 

@@ -9,6 +9,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import replacing
 
 GRID_NOTE = "grid of"  # in the text of a grid, which is no image by itself
+AGAIN_NOTE = "again"  # in the text of a picture drawn once more, with the name of the first
 
 
 def save_image(path: str | Path, image: Image.Image, notes: Mapping[str, str]) -> None:
@@ -31,5 +32,5 @@ def image_notes(path: str | Path) -> dict[str, str]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # text may follow the pixels
             return {key: str(value) for key, value in image.text.items()}
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a whole PNG picture ({error}); remove it or pass --overwrite") from error

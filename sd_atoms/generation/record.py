@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from sd_atoms.settings import fields_of, flat
 COMMAND, MADE_WITH = "command", "made_with"
 PROGRAM = ("sd-atoms", "generate")
 HUB = "hub:"  # before the name of what is no file here
-LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+LIBRARIES = (
+    "sd-atoms", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "compel", "torchsde",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,15 @@ class MadeWith:
 
 def making(files: Mapping[str, str], together: int, place: int, device: torch.device) -> MadeWith:
     """What this process draws with."""
-    libraries = {name: version(name) for name in LIBRARIES}
+    libraries = {name: _version(name) for name in LIBRARIES}
     return MadeWith(dict(files), together, place, device.type, torch.get_num_threads(), libraries)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def command_notes(settings: Any, made_with: MadeWith) -> dict[str, str]:

@@ -10,6 +10,7 @@ from sd_atoms.data.prompts import fill
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.evaluation.run import RESIZE, Drawn, score_run
 from sd_atoms.evaluation.surroundings import NAME as SURROUNDINGS
+from sd_atoms.evaluation.surroundings import subject_places
 from sd_atoms.generation import Request, generate_missing, making_notes
 from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
 from sd_atoms.jobs.results import DRAWN
@@ -75,6 +76,20 @@ def draw_run(plan: Plan, run: Run, config: TrainConfig, accelerator) -> Pictures
                     draw([replace(request, name=f"scale-{scale:g}-{request.name}") for request in few], scale)
     draw([*requests, *others], 1.0)
     return Pictures(requests, others, sampling, digests)
+
+
+def check_surroundings(plan: Plan) -> None:
+    """Looks, before anything is trained, whether the photos of every concept have masks, where these score.
+
+    Raises:
+        UserError: a photo has none, or they cannot be used.
+    """
+    if SURROUNDINGS not in [name.strip() for name in plan.experiment.metrics.split(",")]:
+        return
+    for name in plan.concepts:
+        config = plan.config(next(run for run in plan.runs if run.concept == name))
+        (source,), _ = find_images(replace(config.data, masks=True), [config.all_concepts[0]])
+        subject_places(source.images)
 
 
 def score_drawn(plan: Plan, run: Run, config: TrainConfig, pictures: Pictures, accelerator) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A strength folded into an adapter: what comes out does at strength 1 what the adapter did at that one."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from sd_atoms.errors import UserError
 from sd_atoms.pipeline.adapters import base_weight, network
 from sd_atoms.pipeline.artefact import Artefact, layer_and_part
 from sd_atoms.tuner import AtomsConfig
+from sd_atoms.tuner.plan import matching
 
+ALL = ".*"
 State = Mapping[str, torch.Tensor]
 # peft_type -> parts of a layer, of which it has one, that its change is a multiple of
 FACTORS = {
@@ -49,8 +52,7 @@ def _folded(
     if config is None:
         return None, dict(state)
     if isinstance(config, AtomsConfig):  # with trained β the change is a product of two parts that both moved
-        scales = {key: value * strength for key, value in config.scale_pattern.items()} | {".*": strength}
-        return replace(config, scale_pattern=scales), dict(state)
+        return replace(config, scale_pattern=_scaled(config.scale_pattern, state, strength)), dict(state)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in FACTORS and not getattr(config, "use_dora", False):
         parts = FACTORS[kind]
@@ -58,6 +60,18 @@ def _folded(
     if kind in COPIES:
         return config, COPIES[kind](state, strength, model)
     raise UserError(f"strength={strength:g}: {kind} has none that can be folded into its numbers; only 1 is allowed")
+
+
+def _scaled(pattern: Mapping[str, float], state: State, strength: float) -> dict[str, float]:
+    """The pattern times a strength. Where it has more than one key, layer by layer: the first key that matches holds,
+    and a file's keys may be sorted."""
+    if not pattern.keys() - {ALL}:
+        return {ALL: pattern.get(ALL, 1.0) * strength}
+    found = {}
+    for layer in dict.fromkeys(layer_and_part(key)[0] for key in state):
+        own = matching(pattern, layer)
+        found[re.escape(layer)] = (1.0 if own is None else own) * strength
+    return found
 
 
 def _of_copies(state: State, strength: float, model: nn.Module) -> dict[str, torch.Tensor]:

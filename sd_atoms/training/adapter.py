@@ -75,7 +75,9 @@ def run_config(folder: Path, base: str | None = None, base_config: str | None = 
     return replaced(config, pretrained_model_name_or_path=base, revision=None, base_config=made_like)
 
 
-def open_adapter(source: str, base: str | None = None, base_config: str | None = None) -> Artefact:
+def open_adapter(
+    source: str, base: str | None = None, base_config: str | None = None, of_step: bool = False
+) -> Artefact:
     """Reads an adapter as `read_artefact` does, or that of a checkpoint.
 
     Args:
@@ -83,6 +85,7 @@ def open_adapter(source: str, base: str | None = None, base_config: str | None =
             last one.
         base: where the run's base is now; None = where it was.
         base_config: its configs, where it is one file; None = as the run had them.
+        of_step: of a checkpoint as `kept_values`.
 
     Raises:
         UserError: there is none, it is corrupt, or the checkpoint's run cannot be told.
@@ -94,7 +97,7 @@ def open_adapter(source: str, base: str | None = None, base_config: str | None =
     pipe = open_base_of(config.base)
     add_adapters(pipe, config)
     rows, _, parameters = trained_parts(pipe, config)
-    step, values = kept_values(path, parameters)
+    step, values = kept_values(path, parameters, of_step)
     load_values(parameters, values)
     tokens = config.tokens
     if rows is not None:

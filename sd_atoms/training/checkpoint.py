@@ -112,15 +112,22 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer, 
     return progress
 
 
-def kept_values(path: Path, parameters: dict[str, nn.Parameter]) -> tuple[int, dict[str, torch.Tensor]]:
+def kept_values(
+    path: Path, parameters: dict[str, nn.Parameter], of_step: bool = False
+) -> tuple[int, dict[str, torch.Tensor]]:
     """The step of a checkpoint, and the values that the run would save if it ended there.
+
+    Args:
+        path: of the checkpoint.
+        parameters: name -> what the run trains.
+        of_step: the values of this very step, also where the run keeps an earlier, better one's.
 
     Raises:
         UserError: the file is corrupt or belongs to another run.
     """
     progress, _, _ = read_header(path)
     saved, mean, best = (_of_kind(_tensors(path, parameters), kind) for kind in KINDS)
-    return progress.step, best or mean or saved
+    return progress.step, (not of_step and best) or mean or saved
 
 
 def _tensors(path: Path, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -175,9 +175,7 @@ def train_diffusion(
 
     def validate() -> dict[str, float]:
         examples = dataset.held_out or dataset.examples
-        found = {"validation_loss": validation_loss(plain, examples, texts, objective, seed, schedule, accelerator)}
-        change = unet_change(pipe.unet)
-        return found if change is None else found | {"relative_change": change}
+        return {"validation_loss": validation_loss(plain, examples, texts, objective, seed, schedule, accelerator)}
 
     progress = run_steps(
         plain,

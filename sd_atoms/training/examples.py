@@ -47,7 +47,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples(Sequence):
-    """Images to learn from, each made when it is asked for: nothing here grows with the set but numbers.
+    """Images to learn from, each made when it is asked for: nothing here grows with the set but numbers, and masks.
 
     latents: by image, Latents, or a pair with the mirrored ones. prompts: by image, indices of the run's prompts.
     order: which images these are, one may come several times. masks: by image, (h, w) uint8 or None; None = no image

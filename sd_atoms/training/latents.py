@@ -71,7 +71,8 @@ def latent_masks(
     """The mask of every image in the size of its latents, (h, w) uint8: 255 times the share of the place that is
     subject, so that parts thinner than a place count by their area; None if no image has one.
 
-    They are made anew at every start, from the files as these are then, and take a thirtieth of the latents' memory.
+    They are made anew at every start, from the files as they are, and stay in memory: a byte for each place of the
+    latents, a thirty-second of what these take.
 
     Args:
         vae: the base's.

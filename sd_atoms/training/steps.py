@@ -27,9 +27,9 @@ from sd_atoms.training.run_folder import CHECKPOINTS, LOG, cut_log, read_log
 class Hooks(NamedTuple):
     """What a kind of training does besides the loss; all are called on every process.
 
-    begin: once all is ready; until then nothing is written. measure: the log's entries at every checkpoint, and what
-    the bar says of them. validate: the log's entries on how far the training is, a `validation_loss` that can be
-    compared between steps among them. show: the step at which images are wanted.
+    begin: once all is ready; until then nothing is written. measure: the log's entries at every checkpoint and
+    validation, and what the bar says of them. validate: the log's entries on how far the training is, a
+    `validation_loss` that can be compared between steps among them. show: the step at which images are wanted.
     """
 
     begin: Callable[[], None]
@@ -139,10 +139,12 @@ def run_steps(
                 "seconds": round(time.perf_counter() - started, 3),
             }
             saves = done % output.checkpointing_steps == 0 or done == total_steps
-            if saves:
-                measures, notes = hooks.measure()
-                entry |= measures
-            if validation.validation_loss_steps and done % validation.validation_loss_steps == 0:
+            validates = validation.validation_loss_steps and done % validation.validation_loss_steps == 0
+            if saves or validates:
+                with swapped_in(parameters, progress.mean):
+                    measures, notes = hooks.measure()
+                    entry |= measures
+            if validates:
                 with swapped_in(parameters, progress.mean):
                     entry |= hooks.validate()
                     if validation.keep == "best" and entry["validation_loss"] < progress.best_loss:

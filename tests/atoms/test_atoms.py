@@ -208,13 +208,17 @@ def test_half_precision_stays_within_its_rounding(form, dtype):
     assert (got.double() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
 
 
-def test_auto_prefers_activations_where_channels_outnumber_positions():
+def test_auto_prefers_activations_where_channels_outnumber_positions(monkeypatch):
+    monkeypatch.setattr(forms, "MOVING_PAYS", True)
     assert pick_form(64, 1280, 1) == "activation"  # the bottom of SD's UNet at 512 px
     assert pick_form(4096, 320, 1) == "split"  # its top
     assert pick_form(4096, 320, 1, cpu=False) == "weight"
     assert pick_form(1024, 640, per_channel=True) == "activation"
     assert pick_form(4096, 4) == "weight"  # the last one: less to multiply than to move
     assert pick_form(64, 1280, 1280) == "weight"  # depthwise: nothing to save
+    monkeypatch.setattr(forms, "MOVING_PAYS", False)
+    assert pick_form(4096, 320, 1) == "weight"
+    assert pick_form(64, 1280, 1) == "activation"
 
 
 @pytest.mark.parametrize("m", [1, 4, 9])

@@ -226,7 +226,8 @@ def test_all_mistakes_in_what_is_varied_are_said_at_once(capsys, tmp_path):
     ("words", "problem"),
     [
         ([], "vary or preset is required"),
-        (["--preset", "first", "--vary", "learning_rate=1e-3"], "preset: it varies learning_rate itself"),
+        (["--preset", "first", "--vary", "learning_rate=1e-3"], "preset: learning_rate decides the learning rate"),
+        (["--preset", "first", "--vary", "method=atoms,lora"], "preset: method decides the learning rate"),
         (["--preset", "second"], "invalid choice: 'second'"),
         (["--vary", "m=0,9"], "m=0: m=0, kc=0: no atoms at all"),
         (["--vary", "m=9", "--keep", "first"], "--keep: 'first' is not one of last, best"),

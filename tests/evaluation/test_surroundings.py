@@ -19,7 +19,7 @@ CASTLE = packaged_path("pocket:castle")
 
 
 def photos(folder=CASTLE):
-    return with_masks(usable(folder_images(folder, False, True)[0], "error")[0], "photos")
+    return with_masks(usable(folder_images(folder, False, True)[0], "error")[0])
 
 
 def saved(folder, images):
@@ -73,7 +73,7 @@ def test_evaluate_tells_it_where_it_is_asked_for(tmp_path, capsys):
     assert "metrics: surroundings needs reference" in capsys.readouterr().err
     saved(tmp_path / "plain", [record.read() for record in photos()])
     assert main([*words, "--reference", str(tmp_path / "plain")]) == 2
-    assert "holds none; expected NAME.mask.png" in capsys.readouterr().err
+    assert "has no mask, which says where the subject is; expected NAME.mask.png" in capsys.readouterr().err
     out = tmp_path / "scores.json"
     assert main([*words, "--reference", str(CASTLE), "--json", str(out)]) == 0
     figures = json.loads(out.read_text())["networks"]["colours"]["figures"]

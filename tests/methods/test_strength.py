@@ -1,5 +1,7 @@
 """A strength folded into an adapter, of every method: what it does at 1 is what it did at that strength."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -10,8 +12,10 @@ import sd_atoms
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import set_adapters
 from sd_atoms.pipeline import Artefact, read_artefact
+from sd_atoms.pipeline.artefact import layer_and_part
 from sd_atoms.pipeline.strength import folded
 from sd_atoms.training.adapter import open_adapter
+from sd_atoms.tuner.plan import matching
 
 pytestmark = pytest.mark.usefixtures("on_one_core")
 FIXED = ("oft", "token")  # no strength, or nothing that could have one
@@ -78,8 +82,10 @@ def test_overcomplete_atoms_and_patterns_are_folded_too(place, unet, moved):
         artefact = _artefact(moved(unet(), sd_atoms.AtomsConfig(**settings)))
         pipe = opened(place)
         half = folded(artefact, 0.5, pipe)
-        wanted = {"conv_in": 0.25, ".*": 0.5} if "scale_pattern" in settings else {".*": 0.5}
-        assert half.config.scale_pattern == wanted
+        assert _strengths(half) == {layer: 0.5 * scale for layer, scale in _strengths(artefact).items()}
+        assert _strengths(folded(half, 0.5, pipe)) == {n: 0.25 * scale for n, scale in _strengths(artefact).items()}
+        in_order = replace(half.config, scale_pattern=dict(sorted(half.config.scale_pattern.items())))
+        assert _strengths(replace(half, config=in_order)) == _strengths(half)  # as a JSON file may have it
         assert same(half.state, artefact.state)
         assert half.digest() != artefact.digest()
 
@@ -94,3 +100,10 @@ def test_tokens_alone_and_unknown_tuners_are_one_line(place, trained):
 
 def _artefact(model):
     return Artefact(model.peft_config["default"], get_peft_model_state_dict(model))
+
+
+def _strengths(artefact):
+    """Layer -> what its change is multiplied by."""
+    layers = {layer_and_part(key)[0] for key in artefact.state}
+    found = {layer: matching(artefact.config.scale_pattern, layer) for layer in layers}
+    return {layer: 1 if scale is None else scale for layer, scale in found.items()}

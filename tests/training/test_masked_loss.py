@@ -105,7 +105,7 @@ def test_a_mask_is_cropped_and_scaled_by_area_as_its_picture(base, tmp_path, set
         image.save(tmp_path / f"{name}.mask.png")
         image.convert("RGB").save(tmp_path / f"{name}.png")  # the picture shows its own mask
     how = Cropping(DataSettings(**settings, image_interpolation_mode="box"), 64, 16, 3)
-    records = with_masks(usable(folder_images(tmp_path, False, True)[0], "error")[0], "photos")
+    records = with_masks(usable(folder_images(tmp_path, False, True)[0], "error")[0])
     masks = latent_masks(base.vae, records, how)
     for record, mask in zip(records, masks, strict=True):
         image = np.asarray(crop(record, how).convert("L"), dtype=np.float64)
@@ -121,7 +121,7 @@ def test_a_line_of_one_pixel_is_left_and_a_crop_without_the_subject_refused(base
     image.paste(255, (100, 0, 101, 64))
     Image.new("RGB", (256, 64)).save(tmp_path / "a.png")
     image.save(tmp_path / "a.mask.png")
-    (record,) = with_masks(usable(folder_images(tmp_path, False, True)[0], "error")[0], "photos")
+    (record,) = with_masks(usable(folder_images(tmp_path, False, True)[0], "error")[0])
     (mask,) = latent_masks(base.vae, [record], Cropping(DataSettings(center_crop=True), 64, 16, 0))
     assert mask.max() == 32  # an eighth of 255
     image = Image.new("L", (256, 64))
@@ -136,7 +136,7 @@ def test_a_mirrored_sample_has_its_mask_mirrored_and_the_prior_has_none(base, tm
     settings = dict(instance_data_dir=str(folder), masks=True, random_flip=True, resolution=64)
     base_settings = dict(pretrained_model_name_or_path=tiny_base(), prior="teacher", class_prompt="a castle")
     config = config_of(**settings, **base_settings)
-    records = with_masks(usable(folder_images(folder, False, True)[0], "error")[0], "photos")
+    records = with_masks(usable(folder_images(folder, False, True)[0], "error")[0])
     data = dataset_of(base, config, [source_of(config, records)])
     schedule = noising(base.scheduler, None)
     samples = samples_of(range(40), config, data.examples, schedule, data.empty)
@@ -183,6 +183,9 @@ def test_a_masked_run_resumes_bit_for_bit_and_a_changed_mask_is_noticed(tmp_path
     resumed = run(tmp_path / "part", max_train_steps=4, resume_from_checkpoint="latest", **common)
     assert same(numbers(unbroken), numbers(resumed))
     assert log(unbroken)[-1]["validation_loss"] == log(resumed)[-1]["validation_loss"]
+    weightless = dict(learning_rate=0.0, token_learning_rate=0.0, max_train_steps=2)
+    measured = [log(run(tmp_path / f"{on}", **common | weightless | {"masks": on}))[-1] for on in (True, False)]
+    assert measured[0]["validation_loss"] != measured[1]["validation_loss"]  # masks weigh there too
     image = Image.open(folder / "1.mask.png")
     image.paste(0, (0, 0, 9, 9))
     image.save(folder / "1.mask.png")

@@ -21,11 +21,12 @@ from sd_atoms.data.config import Concept, DataSettings
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import adapters_off
-from sd_atoms.pipeline import load_atoms, open_base
+from sd_atoms.pipeline import load_atoms, open_base, read_artefact
 from sd_atoms.pipeline.inspection import inspect_adapter
 from sd_atoms.settings import replaced
 from sd_atoms.sources import packaged_path
 from sd_atoms.training import examples, latents
+from sd_atoms.training.adapter import open_adapter
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
 from sd_atoms.training.dataset import make_dataset
 from sd_atoms.training.denoiser import Denoiser
@@ -391,6 +392,11 @@ def test_the_best_step_is_kept_where_training_goes_wrong(tmp_path):
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     ours = saved["base_model.model.down_blocks.0.resnets.0.conv1.atoms_delta"]
     assert torch.equal(ours, checkpoint[f"parameter.{layer}.atoms_delta.default"])
+    last = str(folder / "checkpoints" / "checkpoint-3.safetensors")
+    assert same(open_adapter(last).state, read_artefact(folder / "adapter").state)
+    own = open_adapter(last, of_step=True).state
+    trained = load_file(last)[f"parameter.{layer}.atoms_delta.default"]
+    assert torch.equal(own["down_blocks.0.resnets.0.conv1.atoms_delta"], trained)
 
 
 def test_the_running_mean_is_what_is_saved_and_what_is_validated(tmp_path):

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag."""
     parser.usage = "%(prog)s --config FILE [--FLAG VALUE …]"
     parser.add_argument("--config", metavar="FILE", default="", help="YAML file of the experiment, or a packaged one")
-    parser.add_argument("--methods", default=argparse.SUPPRESS, help="of the file, or any by name; comma-separated")
+    parser.add_argument(
+        "--methods", default=argparse.SUPPRESS, help="of the file, or, of kind=generate, any by name; comma-separated"
+    )
     add_flags(parser, Working)
     add_flags(parser, SetExperiment)
 
@@ -109,6 +111,8 @@ def classify(file: str, flags: Mapping[str, Any], working: Working) -> None:
     foreign = [name for name, value in flags.items() if name not in known and value is not None]
     if foreign:
         raise UserError(f"{', '.join(foreign)}: of kind=generate alone")
+    if not file:
+        raise UserError("config is required with kind=classify, such as configs/vtab/classify_demo.yaml")
     words = (*command(file, flags), "--kind=classify")
     compare.compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
 
