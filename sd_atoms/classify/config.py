@@ -19,6 +19,7 @@ from sd_atoms.training.config import (
 )
 
 MODEL, DATA, ADAPTER, OPTIMISER, RUN = "the network", "what it learns", "what is trained", "optimiser", "run"
+HEAD_RATE = 3e-3
 HEAD = "head"  # the method that trains nothing else
 HEAD_ALONE = Method(
     name=HEAD,
@@ -26,12 +27,14 @@ HEAD_ALONE = Method(
     build=lambda model, settings, target: None,
     kind=lambda name: HEAD,
     main_kinds=(HEAD,),
-    rates={HEAD: 1e-3},
+    rates={HEAD: HEAD_RATE},
 )
 # target modules of a classifier, where it has other layers than a UNet
 TARGETS = {"atoms": "spatial", "lora-conv": "spatial", "oft": "all-linear"} | dict.fromkeys(
     ("lora", "locon", "loha", "lokr", "lycoris-locon", "lycoris-loha", "lycoris-lokr"), "dense"
 )
+# best of those tried (docs/classify.md), as HEAD_RATE is; the rates of the methods themselves are those of diffusion
+RATES = {"atoms": 1e-3, "block": 1e-3}
 NOT_OFFERED = ("token", "difffit")  # of prompts, and of the transformer blocks of a UNet
 
 
@@ -99,7 +102,7 @@ class ClassOptimiserSettings:
         None, OPTIMISER, "of what is trained in the network; none = the method's", low=0.0
     )
     beta_learning_rate: float | None = setting(None, OPTIMISER, "of β; none = as usual", low=0.0, needs=["m1"])
-    head_learning_rate: float = setting(1e-3, OPTIMISER, "of the head", low=0.0)
+    head_learning_rate: float = setting(HEAD_RATE, OPTIMISER, "of the head", low=0.0)
     lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps of rising learning rate", low=0)
     lr_warmup_epochs: float | None = setting(None, OPTIMISER, "the same in passes over the images", low=0.0)
@@ -177,7 +180,5 @@ class ClassifyConfig:
     def usual_rates(self) -> dict[str, Any]:
         """What each learning rate is if nobody says otherwise."""
         method = self.method.chosen()
-        return {
-            "learning_rate": method.rates.get(method.main_kinds[0]),
-            "beta_learning_rate": method.rates.get("beta"),
-        }
+        rates = method.rates | {kind: rate for kind, rate in RATES.items() if kind in method.rates}
+        return {"learning_rate": rates.get(method.main_kinds[0]), "beta_learning_rate": rates.get("beta")}

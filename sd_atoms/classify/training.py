@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from sd_atoms.classify.config import HEAD, HEAD_ALONE, TARGETS, ClassDataSettings, ClassifyConfig, NoValidation
+from sd_atoms.classify.config import HEAD, HEAD_ALONE, RATES, TARGETS, ClassDataSettings, ClassifyConfig, NoValidation
 from sd_atoms.classify.images import LabelledSet
 from sd_atoms.classify.models import Classifier, Preprocessing, try_out
 from sd_atoms.data.images import to_unit
@@ -178,11 +178,15 @@ def rate_groups(parameters: Mapping[str, nn.Parameter], classifier: Classifier, 
     for name, parameter in parameters.items():
         kind = HEAD if id(parameter) in head else method.kind(name)
         groups.setdefault("main" if kind in method.main_kinds and kind != HEAD else kind, []).append(parameter)
-    rates = dict(method.rates) | {
-        "main": optimiser.learning_rate,
-        "beta": optimiser.beta_learning_rate,
-        HEAD: optimiser.head_learning_rate,
-    }
+    rates = (
+        dict(method.rates)
+        | RATES
+        | {
+            "main": optimiser.learning_rate,
+            "beta": optimiser.beta_learning_rate,
+            HEAD: optimiser.head_learning_rate,
+        }
+    )
     return [{"params": members, "lr": rates[kind]} for kind, members in groups.items()]
 
 

@@ -1,6 +1,7 @@
 """What `generate` and `again` draw: their settings, and all that these come to."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sd_atoms.data.images import read_image
 from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
 from sd_atoms.generation import Conditions, making_notes
@@ -288,6 +290,9 @@ def _conditions(config: Settings, pipe, sampling: Sampling) -> Conditions:
         areas = (side**2, side**2 if config.resolution else 2 * side**2)
         picture, mask = read_conditions_images(config.image, config.mask_image, areas, asked, pipe.vae_scale_factor)
         size_px = picture.size
+        if (own_px := read_image(config.image).size) != size_px and os.environ.get("RANK", "0") == "0":
+            note = "{} x {} px, is drawn at {} x {}".format(*own_px, *size_px)
+            print(f"{config.image}, {note}; width and height, or resolution, say otherwise")
     elif config.width or config.height:
         size_px = (config.width or side, config.height or side)
     strength = config.image_strength

@@ -42,6 +42,8 @@ def run(settings: Settings) -> Path:
     Raises:
         UserError: there is no such checkpoint, the method has no strength that can be folded in, or the file is there.
     """
+    if settings.strength == 0:
+        raise UserError("strength: at 0 an adapter does nothing; -10 to 10 is allowed, 0 is not")
     folder, base = Path(settings.run), (settings.pretrained_model_name_or_path, settings.base_config)
     config, kept = run_config(folder, *base), checkpoints_by_step(folder / CHECKPOINTS)
     if settings.step not in kept:

@@ -52,7 +52,7 @@ class Settings:
     prompts: str | None = setting(
         None,
         WHAT,
-        f"templates with {{}}; none = the first {PROMPTS} of the run's prompts_file or of few_shot",
+        f"text file of templates with {{}}; none = the first {PROMPTS} of the run's prompts_file or of few_shot",
         file=True,
     )
     seeds: str = setting("0-1", WHAT, "such as 0-3,7: one picture per prompt and seed in each cell")

@@ -102,6 +102,8 @@ def read_options(text: str | None, name: str, own) -> dict[str, Any]:
             value = float(value)
         if usual is not None and type(value) is not type(usual):
             raise UserError(f"scheduler_options: {key}={written}: a value such as {usual!r} is needed")
+        if key == "eta" and not 0 <= value <= 1:
+            raise UserError(f"scheduler_options: eta={written}: 0 to 1 is allowed")
         options[key] = value
     return options
 
@@ -124,7 +126,8 @@ def check_sampler(name: str, own, options: Mapping[str, Any], num_inference_step
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ImportError):
             reason = 'it needs a package that is not installed: pip install "sd-atoms[samplers]"'
-        raise UserError(f"scheduler: {name} at {num_inference_steps} steps: {reason}") from error
+        given = f", scheduler_options {', '.join(options)}" if options else ""
+        raise UserError(f"scheduler: {name} at {num_inference_steps} steps{given}: {reason}") from error
 
 
 def _defaults(kind: type) -> dict[str, Any]:
