@@ -4,12 +4,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from sd_atoms.bench.methods import FLOOR, NAIVE, NaiveAtomsConv2d, settings_of
+from sd_atoms.bench.methods import FLOOR, NAIVE, put_naive, settings_of
 from sd_atoms.classify.config import TARGETS, ClassifyConfig
 from sd_atoms.classify.models import Classifier, Preprocessing
 from sd_atoms.classify.training import adapt
 from sd_atoms.settings import build
-from sd_atoms.tuner import named_targets
 
 # name -> what transformers' AutoConfig makes of it; what is not said is the library's default, which is ResNet50
 CLASSIFIERS = {
@@ -33,10 +32,7 @@ def attach_to_classifier(classifier: Classifier, method: str) -> list[nn.Paramet
     """Puts a method's trainable parameters in as `classify train` does, the head left out; returns them."""
     name, settings = method.partition(":")[0], settings_of(method)
     if name == NAIVE:
-        for layer in named_targets(classifier.network, TARGETS["atoms"]):
-            parent, _, child = layer.rpartition(".")
-            conv = classifier.network.get_submodule(layer)
-            setattr(classifier.network.get_submodule(parent), child, NaiveAtomsConv2d(conv))
+        put_naive(classifier.network, TARGETS["atoms"])
     elif name != FLOOR:
         adapt(classifier, build(ClassifyConfig, {"model": "random", "data": "random", "method": name, **settings}))
     classifier.head.requires_grad_(False)

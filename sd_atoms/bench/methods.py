@@ -64,13 +64,18 @@ def attach(unet: nn.Module, method: str) -> list[nn.Parameter]:
     unet.requires_grad_(False)
     name, settings = method.partition(":")[0], settings_of(method)
     if name == NAIVE:
-        for layer in named_targets(unet, "conv3x3"):
-            parent, _, child = layer.rpartition(".")
-            setattr(unet.get_submodule(parent), child, NaiveAtomsConv2d(unet.get_submodule(layer)))
+        put_naive(unet, "conv3x3")
     elif name != FLOOR:
         target = settings.pop("target", None)
         add_adapter(unet, get_method(name).make_config(unet, settings, target))
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def put_naive(network: nn.Module, target: str) -> None:
+    """Puts a NaiveAtomsConv2d in the place of every layer of a named set."""
+    for layer in named_targets(network, target):
+        parent, _, child = layer.rpartition(".")
+        setattr(network.get_submodule(parent), child, NaiveAtomsConv2d(network.get_submodule(layer)))
 
 
 class NaiveAtomsConv2d(nn.Module):

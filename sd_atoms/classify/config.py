@@ -180,5 +180,5 @@ class ClassifyConfig:
     def usual_rates(self) -> dict[str, Any]:
         """What each learning rate is if nobody says otherwise."""
         method = self.method.chosen()
-        rates = method.rates | {kind: rate for kind, rate in RATES.items() if kind in method.rates}
+        rates = {**method.rates, **RATES}
         return {"learning_rate": rates.get(method.main_kinds[0]), "beta_learning_rate": rates.get("beta")}

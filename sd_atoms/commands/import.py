@@ -11,7 +11,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs
 from sd_atoms.methods.imported import ImportedConfig, dora_axis, kind_of
 from sd_atoms.pipeline import DTYPES, load_adapter, open_base, read_artefact, save_adapter
-from sd_atoms.pipeline.artefact import is_ours
+from sd_atoms.pipeline.artefact_files import is_ours
 from sd_atoms.settings import setting
 from sd_atoms.sources import public_name
 from sd_atoms.tuner import AtomsConfig

@@ -8,7 +8,7 @@ from typing import Any
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
-from sd_atoms.pipeline.artefact import LORA_FILE, WEIGHTS_FILE, is_ours
+from sd_atoms.pipeline.artefact_files import LORA_FILE, WEIGHTS_FILE, is_ours
 from sd_atoms.pipeline.description import describe_file
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure

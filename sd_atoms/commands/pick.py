@@ -3,17 +3,16 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sd_atoms.commands.train import run_name
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs
 from sd_atoms.pipeline import DTYPES
-from sd_atoms.pipeline.artefact import write_artefact
+from sd_atoms.pipeline.artefact_files import write_artefact
 from sd_atoms.pipeline.strength import folded
 from sd_atoms.settings import replaced, setting
 from sd_atoms.training.adapter import open_adapter, run_config
 from sd_atoms.training.base import open_base_of
 from sd_atoms.training.checkpoint import checkpoints_by_step
-from sd_atoms.training.run_folder import CHECKPOINTS, PICKED
+from sd_atoms.training.run_folder import CHECKPOINTS, PICKED, run_name
 
 WHAT, RESULT = "what is written", "result"
 

@@ -15,7 +15,8 @@ from PIL import Image
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing_folder, write_text
 from sd_atoms.generation.png import image_notes, save_image
-from sd_atoms.pipeline.artefact import CONFIG_FILE, TOKENS_FILE, Artefact, read_artefact, write_artefact
+from sd_atoms.pipeline.artefact import Artefact
+from sd_atoms.pipeline.artefact_files import CONFIG_FILE, TOKENS_FILE, read_artefact, write_artefact
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import AdapterFile, CardImage, model_card
 from sd_atoms.settings import coerced, read_yaml, setting

@@ -1,8 +1,6 @@
 """Teaches Stable Diffusion a concept from a few pictures by training only filter atoms."""
 
 import dataclasses
-import os
-import re
 import shlex
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -54,10 +52,13 @@ from sd_atoms.training.run_folder import (
     LOG,
     METRICS,
     check_data,
+    check_names,
     check_output,
+    concept_name,
     is_first_start,
     open_run,
     read_log,
+    run_name,
 )
 from sd_atoms.training.tracking import start_trackers, track_images, trackers_of
 
@@ -245,35 +246,6 @@ def with_class_images(config: TrainConfig, pipe, accelerator, source: Source, sa
     cache = Path(config.data.cache_dir) if config.data.cache_dir else None
     images, _ = usable([image_record(path) for path in paths], "error", accelerator, cache)
     return dataclasses.replace(source, class_images=images)
-
-
-def concept_name(concept: Concept, folder: Path) -> str:
-    """castle for <castle>; without a placeholder the name of the run folder."""
-    return re.sub(r"[^\w-]+", "", (concept.tokens or ("",))[0]) or folder.resolve().name
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuses concepts whose files would have one name, also where the disk knows no upper case, or none that this
-    locale can spell."""
-    for name in names:
-        try:
-            os.fsencode(name)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"placeholder_token: the locale ({error.encoding}) can name no file {name!r}; set PYTHONUTF8=1, or "
-                "choose plain letters"
-            ) from error
-    if len({name.lower() for name in names}) < len(names):
-        listed = ", ".join(names)
-        raise UserError(
-            f"concepts: their files would be called {listed}; give each a placeholder_token of other letters"
-        )
-
-
-def run_name(config: TrainConfig) -> str:
-    """What the adapter's file is called: castle for <castle>, castle_canal for two concepts."""
-    folder = Path(config.output.output_dir)
-    return "_".join(dict.fromkeys(concept_name(concept, folder) for concept in config.all_concepts))
 
 
 def prefix(output: OutputSettings, concepts: Sequence[Concept], concept: Concept) -> str:

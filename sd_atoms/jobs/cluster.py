@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ def do_jobs(
     slots: Sequence[Slot],
     settings: ClusterSettings,
     words: Sequence[str],
-    told: Callable[[str], None],
 ) -> dict[str, str]:
-    """Does all jobs that are not done, wherever the settings say.
+    """Does all jobs that are not done, wherever the settings say, and prints a line on each that ended.
 
     Args:
         jobs: without needs.
@@ -76,7 +76,6 @@ def do_jobs(
         slots: of this machine.
         settings: where.
         words: that start the same work again, for workers elsewhere.
-        told: gets a line on each job that ended.
 
     Returns:
         name -> why it failed, of those that did.
@@ -87,6 +86,7 @@ def do_jobs(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("a comparison starts its runs itself; start it without accelerate launch")
+    told = partial(print, flush=True)
     if settings.executor == "local":
         return run_jobs(jobs, folder, slots, told)
     if settings.executor == "ray":

@@ -16,12 +16,8 @@ from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import add_adapter, set_adapters
 from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.pipeline.artefact import (
-    TEXT,
-    Artefact,
-    read_artefact,
-    write_artefact,
-)
+from sd_atoms.pipeline.artefact import TEXT, Artefact
+from sd_atoms.pipeline.artefact_files import read_artefact, write_artefact
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, fingerprint, from_text, to_text
 from sd_atoms.pipeline.fitting import fitting, touched_layers

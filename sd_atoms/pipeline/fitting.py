@@ -13,7 +13,8 @@ from torch import nn
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods.imported import PREFIX, ImportedConfig, check_fit
 from sd_atoms.methods.method import adapter_shapes
-from sd_atoms.pipeline.artefact import TEXT, UNET, Artefact, by_layer, layer_and_part
+from sd_atoms.pipeline.artefact import TEXT, Artefact, by_layer, layer_and_part
+from sd_atoms.pipeline.config import UNET
 from sd_atoms.pipeline.fingerprint import from_text, to_text
 from sd_atoms.pipeline.foreign import shortened
 from sd_atoms.tuner import AtomsConfig, layer_plan

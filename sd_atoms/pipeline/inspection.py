@@ -19,9 +19,9 @@ from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_distance, base_weight
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.artefact import TEXT, UNET, Artefact
+from sd_atoms.pipeline.artefact import TEXT, Artefact
 from sd_atoms.pipeline.changes import weight_change
-from sd_atoms.pipeline.config import CONFIG_KEYS, plain_settings
+from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, plain_settings
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
 from sd_atoms.tuner.shared import base_of

@@ -13,7 +13,7 @@ from sd_atoms.report.rows import selection
 
 DRAWS, SHARE = 1000, 0.95
 SHOWN = 4  # cells that are named
-GAP_PX, FRAME_PX, PICKED = 4, 8, (206, 92, 0)
+GAP_PX, FRAME_PX, FRAME_COLOUR = 4, 8, (206, 92, 0)
 WIDEST_PX = 560  # of a cell
 
 
@@ -151,4 +151,4 @@ def _tiled(rows: Sequence[Sequence[Image.Image]], framed: bool) -> Image.Image:
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             tile.paste(picture, (x * (width + GAP_PX), y * (height + GAP_PX)))
-    return ImageOps.expand(tile, FRAME_PX, PICKED if framed else (255, 255, 255))
+    return ImageOps.expand(tile, FRAME_PX, FRAME_COLOUR if framed else (255, 255, 255))

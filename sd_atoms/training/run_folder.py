@@ -4,15 +4,17 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from sd_atoms.data.config import Concept
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
 from sd_atoms.settings import fields_of, plain_values, read_settings, replaced, shown, to_yaml
@@ -32,6 +34,35 @@ FREE_ON_RESUME = {
     "scheduler", "clip_model_name_or_path", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo",
     "cache_dir", "latents_in_memory", "contact_sheet",
 }  # fmt: skip
+
+
+def concept_name(concept: Concept, folder: Path) -> str:
+    """castle for <castle>; without a placeholder the name of the run folder."""
+    return re.sub(r"[^\w-]+", "", (concept.tokens or ("",))[0]) or folder.resolve().name
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses concepts whose files would have one name, also where the disk knows no upper case, or none that this
+    locale can spell."""
+    for name in names:
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"placeholder_token: the locale ({error.encoding}) can name no file {name!r}; set PYTHONUTF8=1, or "
+                "choose plain letters"
+            ) from error
+    if len({name.lower() for name in names}) < len(names):
+        listed = ", ".join(names)
+        raise UserError(
+            f"concepts: their files would be called {listed}; give each a placeholder_token of other letters"
+        )
+
+
+def run_name(config: TrainConfig) -> str:
+    """What the adapter's file is called: castle for <castle>, castle_canal for two concepts."""
+    folder = Path(config.output.output_dir)
+    return "_".join(dict.fromkeys(concept_name(concept, folder) for concept in config.all_concepts))
 
 
 def check_output(config: TrainConfig) -> None:

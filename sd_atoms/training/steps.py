@@ -143,11 +143,9 @@ def run_steps(
             if saves or validates:
                 with swapped_in(parameters, progress.mean):
                     measures, notes = hooks.measure()
-                    entry |= measures
-            if validates:
-                with swapped_in(parameters, progress.mean):
-                    entry |= hooks.validate()
-                    if validation.keep == "best" and entry["validation_loss"] < progress.best_loss:
+                    entry |= measures | (hooks.validate() if validates else {})
+                    better = validates and validation.keep == "best"
+                    if better and entry["validation_loss"] < progress.best_loss:
                         progress.best = {name: p.detach().clone() for name, p in parameters.items()}
                         progress.best_loss, progress.best_step = entry["validation_loss"], done
             if main:

@@ -27,7 +27,7 @@ from sd_atoms.commands.share import write_share_folder
 from sd_atoms.commands.train import check_hub
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.generation import image_notes
-from sd_atoms.pipeline import artefact, open_base, read_artefact
+from sd_atoms.pipeline import artefact_files, open_base, read_artefact
 from sd_atoms.pipeline import hub as hub_module
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import SCORES, AdapterFile, CardImage, model_card
@@ -186,7 +186,7 @@ def test_it_loads_as_a_folder_as_a_file_and_by_its_id(run, monkeypatch, tmp_path
             shutil.copy(folder / name, tmp_path / "cache" / name)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr(artefact, "snapshot_download", download)
+    monkeypatch.setattr(artefact_files, "snapshot_download", download)
     pipe = open_base("pocket")
     digests = {
         load_atoms(pipe, source, adapter_name=name).digest()
@@ -211,7 +211,7 @@ def test_a_text_encoder_goes_along_and_a_second_writing_replaces_the_first(run):
     lora = {f"{layer}.lora_A.weight": torch.ones(8, 128), f"{layer}.lora_B.weight": torch.ones(128, 8)}
     both = dataclasses.replace(plain, text_config=LoraConfig(r=8, lora_alpha=8), text_state=lora)
     for place in (run / "adapter", run / "castle.safetensors"):
-        artefact.write_artefact(both, place)
+        artefact_files.write_artefact(both, place)
     config = run / "adapter" / "text_encoder" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/home/alice/sd"}))
     folder = write_share_folder(run, None)
@@ -220,7 +220,7 @@ def test_a_text_encoder_goes_along_and_a_second_writing_replaces_the_first(run):
     assert json.loads((folder / "text_encoder" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
 
     for place in (run / "adapter", run / "castle.safetensors"):
-        artefact.write_artefact(plain, place)
+        artefact_files.write_artefact(plain, place)
     (run / "metrics.json").unlink()  # a run that was stopped while drawing
     (run / "images" / "grid.png").unlink()
     for path in (run / "images").glob("*prompt-*.png"):

@@ -370,7 +370,7 @@ def test_a_full_disk_is_recognised_in_what_the_safetensors_library_says(monkeypa
     def full(tensors, path, metadata):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("sd_atoms.pipeline.artefact.save_file", full)
+    monkeypatch.setattr("sd_atoms.pipeline.artefact_files.save_file", full)
     with pytest.raises(UserError, match="no space left on the disk"):
         save_atoms(pipe, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from sd_atoms.errors import AtomsWarning
 from sd_atoms.methods.adapters import add_adapter, tuner_layers
 from sd_atoms.pipeline import read_artefact
 from sd_atoms.pipeline.architectures import SD_V1_4, build_unet
-from sd_atoms.pipeline.artefact import write_artefact
+from sd_atoms.pipeline.artefact_files import write_artefact
 from sd_atoms.pipeline.inspection import SETTINGS, inspect_adapter, inspect_architecture, unet_change
 from sd_atoms.report.atoms import Change, atoms_figure
 from sd_atoms.report.inspection import adapter_text, architecture_text

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import read_artefact
-from sd_atoms.pipeline.artefact import write_artefact
+from sd_atoms.pipeline.artefact_files import write_artefact
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_new_token, initializer_row, initializer_rows
 from sd_atoms.tuner import AtomsLayer
 

@@ -100,7 +100,7 @@ def compare(
         print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
     check_folder(plan.runs)
-    failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"], _told)
+    failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
     if with_report:
         report(plan, failed)
     if failed:
@@ -128,10 +128,6 @@ def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:
     with replacing(folder / "accuracy.png") as temporary:
         accuracy_figure(title, rows).savefig(temporary, format="png")
     print(f"\n{markdown}\n{folder} has it, with accuracy.png")
-
-
-def _told(text: str) -> None:
-    print(text, flush=True)
 
 
 def _seconds(job) -> float | None:

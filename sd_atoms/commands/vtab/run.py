@@ -148,7 +148,7 @@ def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[
     check_plan(plan)
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
     words = (*words, "--no-report")
-    return do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, words, _told)
+    return do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, words)
 
 
 def check_plan(plan: SetPlan) -> None:
@@ -233,10 +233,6 @@ def experiment_yaml(plan: SetPlan) -> str:
         del shared[name]
     parts = {"settings": shared, "methods": dict(plan.methods)}
     return to_yaml(plan.experiment) + yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=119)
-
-
-def _told(text: str) -> None:
-    print(text, flush=True)
 
 
 def _seconds_of(job: Job) -> float | None:
