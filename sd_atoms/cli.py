@@ -41,10 +41,10 @@ COMMANDS = (
     "bench",
     "pretrain-pocket",
 )
-BENCHMARKS = ("step", "serve", "decompose", "sparse", "forms", "data")
 VERBS = {
     "vtab": ("table", "make-demo", "run"),
     "classify": ("train", "evaluate", "predict", "cam", "merge", "compare"),
+    "bench": ("step", "serve", "decompose", "sparse", "forms", "data", "pocket"),
 }  # a module each
 CONFIGURED = ("train", "doctor", "generate", "drift", "classify train")  # take a YAML file of settings
 
@@ -84,9 +84,6 @@ def _start(command: str, words: list[str], program: str) -> None:
         module = importlib.import_module(f"{module.__name__}.{verb.replace('-', '_')}")
         words, program, settings = words[1:], f"{program} {verb}", getattr(module, "Settings", None)
         command = f"{command} {verb}"
-    if command == "bench":
-        benchmark = _choose(words, program, BENCHMARKS, module.__doc__)
-        words, program, settings = words[1:], f"{program} {benchmark}", getattr(module, benchmark.capitalize())
     parser = Parser(prog=program, description=module.__doc__)
     try:
         if settings is None:  # a command that reads its words itself

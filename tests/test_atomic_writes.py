@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sd_atoms.cli import BENCHMARKS, main
-from sd_atoms.commands import bench
+from sd_atoms.cli import VERBS, main
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_text
 
@@ -44,7 +43,7 @@ RESULTS = {
     "drift": ["--adapter", "none", "--prompts", "none", "--clip_model_name_or_path", "none"],
     "evaluate": ["none", "--networks", "none"],
     "inspect": ["none"],
-    **{f"bench {name}": [] for name in BENCHMARKS},
+    **{f"bench {name}": [] for name in VERBS["bench"]},
 }
 
 
@@ -54,8 +53,8 @@ def test_a_result_that_exists_is_refused_before_the_work_unless_asked_for(comman
     file.write_text("{}")
     folder.mkdir()
     words = [*command.split(), *RESULTS[command]]
-    for name in BENCHMARKS:  # what would take its time
-        monkeypatch.setattr(bench, f"bench_{name}", lambda *args, **more: 1 / 0)
+    for name in VERBS["bench"]:  # what would take its time
+        monkeypatch.setattr(f"sd_atoms.commands.bench.{name}.bench_{name}", lambda *args, **more: 1 / 0)
     assert main([*words, "--json", str(file)]) == 2
     assert f"--json {file}: exists; pass --overwrite to replace it" in capsys.readouterr().err
     assert main([*words, "--json", str(folder), "--overwrite"]) == 2

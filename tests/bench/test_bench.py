@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from sd_atoms.bench import architectures, decompose, forms, serve, step, worker
+from sd_atoms.bench import architectures, decompose, forms, pocket, serve, step, worker
 from sd_atoms.bench.architectures import conv3x3_calls
 from sd_atoms.bench.classifiers import CLASSIFIERS, build_classifier
 from sd_atoms.bench.methods import OTHERS, attach
@@ -275,3 +276,26 @@ def test_data_measures_sets_and_their_draws(bench, tmp_path):
 def test_sizes_that_are_none_are_refused(sizes, capsys):
     assert main(["bench", "data", "--sizes", sizes]) == 2
     assert "integers from 1 on" in capsys.readouterr().err
+
+
+def test_pocket_counts_pictures_whose_best_prompt_is_their_own(bench, monkeypatch, tmp_path):
+    """Grey pictures all have the same best prompt: their own once in twenty, or forty; the renderer's have others."""
+    grey = Image.new("RGB", (128, 128), "grey")
+    monkeypatch.setattr(pocket, "generate", lambda pipe, requests, sampling: [(request, grey) for request in requests])
+    told = bench("pocket", "--seeds", "2", "--json", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png"))
+    assert re.search("castle.*canal.*held_out", told, re.DOTALL)
+    match = json.loads((tmp_path / "a.json").read_text())["match"]
+    for name, share, count in (("castle", 1 / 20, 40), ("canal", 1 / 20, 40), ("held_out", 1 / 40, 40)):
+        assert (match[name]["base"]["value"], match[name]["base"]["n"]) == (pytest.approx(share), count)
+        assert match[name]["base"]["low"] <= share <= match[name]["base"]["high"]
+        assert match[name]["renderer"]["value"] > 0.7
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width > 8 * 160  # four pairs in each of ten lines
+        assert sheet.height > 10 * 160
+
+
+def test_pocket_sheet_is_not_written_over(bench, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"kept")
+    assert main(["bench", "pocket", "--sheet", str(tmp_path / "a.png")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() == b"kept"
