@@ -57,7 +57,9 @@ def effective_weight(weight: torch.Tensor, terms: Sequence[Term], groups: int) -
     filters = filters_of(weight)
     dtype = mixing_dtype(weight.dtype)
     shape = filters.shape
-    taps_first = not any(term.per_channel for term in terms) and (weight.device.type == "cpu" or _taps_first(filters))
+    per_channel = any(term.per_channel for term in terms)
+    # a depthwise filter has one input channel: then (o, T) @ (T, K) is the product with long sides
+    taps_first = not per_channel and shape[1] > 1 and (weight.device.type == "cpu" or _taps_first(filters))
     if taps_first:
         total = _buffer(weight, (shape[0], shape[2], shape[1]), dtype).mT
     else:
@@ -97,6 +99,8 @@ def mixing_gradient(
         for out, part, side in _channels(gradient, rows, grad, groups):
             torch.bmm(part.mT, side, out=out)  # (c, T, o/g) @ (c, o/g, K) -> (c, T, K)
         return gradient
+    if rows.shape[1] == 1:  # depthwise
+        return rows.flatten(0, 1).T @ grad.flatten(0, 1)  # (T, o) @ (o, K) -> (T, K)
     return torch.bmm(rows.mT, grad).sum(0)  # (o, T, i/g) @ (o, i/g, K) -> (o, T, K)
 
 
