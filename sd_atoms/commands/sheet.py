@@ -20,7 +20,7 @@ from sd_atoms.machine import make_accelerator
 from sd_atoms.methods.adapters import delete_adapter, set_adapters
 from sd_atoms.pipeline import load_adapter
 from sd_atoms.progress import followed
-from sd_atoms.report.sheet import Cell, sheet_entries, sheet_image, sheet_text
+from sd_atoms.report.sheet import Cell, picked, sheet_entries, sheet_image, sheet_text
 from sd_atoms.settings import setting
 from sd_atoms.training.adapter import open_adapter, run_config
 from sd_atoms.training.base import open_base_of
@@ -136,14 +136,16 @@ def make_sheet(settings: Settings, accelerator) -> Path:
         pictures = [read_images(out / f"step-{cell.step}-strength-{cell.strength:g}", requests) for cell in cells]
         if networks:
             cells = _scored(cells, pictures, photos, [plain for _, plain in prompts] * len(seeds), networks)
-        across = len(prompts)
+        choice, across = picked(cells), len(prompts)
         rows = [[own[start : start + across] for start in range(0, len(own), across)] for own in pictures]
         title = f"{concept.placeholder_token or folder.name}, seeds {', '.join(map(str, seeds))}"
-        sheet = sheet_image(cells, rows, [prompt for prompt, _ in prompts], title)
+        sheet = sheet_image(cells, choice, rows, [prompt for prompt, _ in prompts], title)
         save_image(out / PICTURE, sheet, {GRID_NOTE: ", ".join(cell.name for cell in cells)})
         about = {"prompts": [prompt for prompt, _ in prompts], "seeds": list(seeds), "sampling": asdict(sampling)}
-        write_json(out / NUMBERS, sheet_entries(cells, {**about, "networks": [network.name for network in networks]}))
-        print(f"{out / PICTURE}: {len(cells)} cells of {len(requests)} pictures.\n{sheet_text(cells, settings.run)}")
+        about["networks"] = [network.name for network in networks]
+        write_json(out / NUMBERS, sheet_entries(cells, choice, about))
+        print(f"{out / PICTURE}: {len(cells)} cells of {len(requests)} pictures.")
+        print(sheet_text(cells, choice, settings.run))
     return out / PICTURE
 
 

@@ -50,7 +50,10 @@ class Cell:
         return {"step": self.step, "strength": self.strength, **means, "score": score}
 
 
-def picked(cells: Sequence[Cell]) -> tuple[Cell, list[Cell]] | None:
+Choice = tuple[Cell, list[Cell]]  # the cell that scores would pick, and those that so few pictures do not tell from it
+
+
+def picked(cells: Sequence[Cell]) -> Choice | None:
     """The cell of the highest score, and the others that so few pictures do not tell from it, the higher first.
 
     Of equal ones the gentlest: the smaller strength, then the earlier step. A cell is told apart where at least 97.5 %
@@ -74,18 +77,22 @@ def _scores(cell: Cell, drawn: np.ndarray) -> np.ndarray:
 
 
 def sheet_image(
-    cells: Sequence[Cell], pictures: Sequence[Sequence[Sequence[Image.Image]]], prompts: Sequence[str], title: str
+    cells: Sequence[Cell],
+    choice: Choice | None,
+    pictures: Sequence[Sequence[Sequence[Image.Image]]],
+    prompts: Sequence[str],
+    title: str,
 ) -> Image.Image:
     """The sheet: a row for each step, a column for each strength, in each cell a column for each prompt and a row for
     each seed; a frame around the cell that the scores would pick.
 
     Args:
         cells: step by step, strengths in their order.
+        choice: of `picked`.
         pictures: of each cell its rows.
         prompts: of the columns in a cell.
         title: above all.
     """
-    choice = picked(cells)
     best = None if choice is None else choice[0]
     steps = list(dict.fromkeys(cell.step for cell in cells))
     blocks = []
@@ -97,9 +104,8 @@ def sheet_image(
     return labelled_blocks(blocks, len(cells) // len(steps), title=f"{title}: {' | '.join(prompts)}", cell_px=width)
 
 
-def sheet_text(cells: Sequence[Cell], run: str) -> str:
+def sheet_text(cells: Sequence[Cell], choice: Choice | None, run: str) -> str:
     """What the scores say, and how to write the cell that somebody likes."""
-    choice, count = picked(cells), len({(cell.step, cell.strength) for cell in cells})
     if choice is None:
         cell = min(cells, key=lambda own: (-own.step, abs(own.strength - 1)))
         lines = ["No scores: networks names none that knows texts. Choose by eye."]
@@ -107,7 +113,7 @@ def sheet_text(cells: Sequence[Cell], run: str) -> str:
         cell, alike = choice
         means = cell.entries()
         lines = [
-            f"Of {count} cells the scores would pick {cell.name}: its likeness {means['likeness']:.3f} and text "
+            f"Of {len(cells)} cells the scores would pick {cell.name}: its likeness {means['likeness']:.3f} and text "
             f"{means['text']:.3f} have the highest harmonic mean, {means['score']:.3f}."
         ]
         if alike:
@@ -120,9 +126,8 @@ def sheet_text(cells: Sequence[Cell], run: str) -> str:
     return "\n".join(lines)
 
 
-def sheet_entries(cells: Sequence[Cell], more: Mapping[str, Any]) -> dict[str, Any]:
+def sheet_entries(cells: Sequence[Cell], choice: Choice | None, more: Mapping[str, Any]) -> dict[str, Any]:
     """What sheet.json holds."""
-    choice = picked(cells)
     found = None
     if choice is not None:
         best, alike = choice

@@ -174,7 +174,7 @@ def test_cells_that_few_pictures_do_not_tell_apart_are_said():
     found, others = picked([best, steady, shaken])
     assert found is best
     assert others == [shaken]
-    text = sheet_text([best, steady, shaken], "runs/my castle")
+    text = sheet_text([best, steady, shaken], (found, others), "runs/my castle")
     assert "Of 3 cells the scores would pick step 300 at strength 1" in text
     assert "24 pictures a cell do not tell it from step 100 at strength 1" in text
     assert "sd-atoms pick 'runs/my castle' --step 300 --strength 1" in text
