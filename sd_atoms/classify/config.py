@@ -19,6 +19,7 @@ from sd_atoms.training.config import (
 )
 
 MODEL, DATA, ADAPTER, OPTIMISER, RUN = "the network", "what it learns", "what is trained", "optimiser", "run"
+TESTED = "what it is tested on"
 HEAD_RATE = 3e-3
 HEAD = "head"  # the method that trains nothing else
 HEAD_ALONE = Method(
@@ -33,7 +34,7 @@ HEAD_ALONE = Method(
 TARGETS = {"atoms": "spatial", "lora-conv": "spatial", "oft": "all-linear"} | dict.fromkeys(
     ("lora", "locon", "loha", "lokr", "lycoris-locon", "lycoris-loha", "lycoris-lokr"), "dense"
 )
-# best of those tried (docs/classify.md), as HEAD_RATE is; the rates of the methods themselves are those of diffusion
+# among the best of those tried (docs/classify.md), as HEAD_RATE is; those of the methods themselves are of diffusion
 RATES = {"atoms": 1e-3, "block": 1e-3}
 NOT_OFFERED = ("token", "difffit")  # of prompts, and of the transformer blocks of a UNet
 
@@ -169,10 +170,11 @@ class ClassifyConfig:
             problems += budget_problems(self.method.budget)
         if self.method.target is not None and method is HEAD_ALONE:
             problems.append("target: method head has none to choose")
+        # HEAD_RATE stands in the config.yaml of older runs
+        if method is HEAD_ALONE and self.optimiser.learning_rate not in (None, HEAD_RATE):
+            problems.append("learning_rate: method head trains nothing that it is of; there is head_learning_rate")
         if self.loop.gradient_checkpointing:
             problems.append("gradient_checkpointing is of Stable Diffusion alone")
-        if self.data.dataset_dir and not self.data.data.startswith("vtab:"):
-            problems.append("dataset_dir needs data=vtab:TASK")
         problems += unmet_needs(self, self.usual_rates())
         if problems:
             raise UserError("; ".join(problems))
@@ -181,4 +183,18 @@ class ClassifyConfig:
         """What each learning rate is if nobody says otherwise."""
         method = self.method.chosen()
         rates = {**method.rates, **RATES}
-        return {"learning_rate": rates.get(method.main_kinds[0]), "beta_learning_rate": rates.get("beta")}
+        own = None if method is HEAD_ALONE else rates.get(method.main_kinds[0])
+        return {"learning_rate": own, "beta_learning_rate": rates.get("beta")}
+
+
+@dataclass(frozen=True)
+class TestedSettings:
+    """Labelled images that trained classifiers are tried on."""
+
+    data: str = setting(None, TESTED, "labelled images, as for `classify train`; its test images count", required=True)
+    dataset_dir: str | None = setting(None, TESTED, "the images of vtab:TASK: a folder, or an id for `datasets`")
+    test_data: str | None = setting(None, TESTED, "folder of classes or CSV file to test on; none = as `data` has it")
+    test_share: float | None = setting(
+        None, TESTED, "of each class, where there are no test images; none = as in training", low=0.01, high=0.9
+    )
+    seed: int | None = setting(None, TESTED, "of that share; none = as in training", low=0)

@@ -8,7 +8,7 @@ layers), class_names, preprocessing, fingerprint (by layer of the network), trai
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sd_atoms.classify.config import TestedSettings
+from sd_atoms.classify.images import LabelledSet, open_set
 from sd_atoms.classify.models import Classifier, Preprocessing, open_classifier
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing
@@ -27,7 +29,7 @@ from sd_atoms.pipeline.config import kept_settings, peft_config
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, from_text, to_text
 
 HEADER, FORMAT, NAME = "sd_atoms_classifier", 1, "classifier.safetensors"
-ADAPTER, HEAD = "adapter.", "head."
+ADAPTER_KEYS, HEAD_KEYS = "adapter.", "head."
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ClassifierFile:
 def save_classifier(
     path: Path, classifier: Classifier, *, model: str, method: str, class_names: tuple[str, ...], training: Mapping
 ) -> Path:
-    """Writes an adapted classifier, whole or not at all; half of it is the head's most often.
+    """Writes an adapted classifier, whole or not at all. A head is most of such a file, as a rule.
 
     Raises:
         UserError: the place cannot be written to, or the disk is full.
@@ -63,8 +65,8 @@ def save_classifier(
         if config is None
         else get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
     )
-    tensors = {f"{ADAPTER}{key}": value for key, value in state.items()}
-    tensors |= {f"{HEAD}{key}": value for key, value in classifier.head.state_dict().items()}
+    tensors = {f"{ADAPTER_KEYS}{key}": value for key, value in state.items()}
+    tensors |= {f"{HEAD_KEYS}{key}": value for key, value in classifier.head.state_dict().items()}
     settings = None
     if config is not None:
         settings = kept_settings(config)
@@ -107,7 +109,7 @@ def read_classifier(path: str | Path) -> ClassifierFile:
     try:
         if about["format"] > FORMAT:
             raise UserError(f"{path}: written in a newer format than {FORMAT}; update sd-atoms")
-        head = {key: tensors[f"{HEAD}{key}"] for key in ("weight", "bias")}
+        head = {key: tensors[f"{HEAD_KEYS}{key}"] for key in ("weight", "bias")}
         names, made = tuple(about["class_names"]), Preprocessing(**about["preprocessing"])
         if not all(isinstance(name, str) for name in names) or head["weight"].shape[0] != len(names):
             raise ValueError(f"{len(names)} class names for a head {tuple(head['weight'].shape)}")
@@ -116,8 +118,15 @@ def read_classifier(path: str | Path) -> ClassifierFile:
         made = Preprocessing(
             int(made.size_px), float(made.crop_share), tuple(map(float, made.mean)), tuple(map(float, made.std))
         )
+        if not (1 <= made.size_px <= 4096 and 0 < made.crop_share <= 1):
+            raise ValueError(f"images of {made.size_px} px, {made.crop_share} of their side")
+        if not (len(made.mean) == len(made.std) == 3 and min(made.std) > 0):
+            raise ValueError("the normalisation of its images")
+        training = about.get("training") or {}
+        if type(training.get("seed", 0)) is not int or not 0 < float(training.get("test_share", 0.2)) < 1:
+            raise ValueError("what its training says")
         mark, method = from_text(about["fingerprint"]), str(about["method"])
-        state = {key.removeprefix(ADAPTER): v for key, v in tensors.items() if key.startswith(ADAPTER)}
+        state = {key.removeprefix(ADAPTER_KEYS): v for key, v in tensors.items() if key.startswith(ADAPTER_KEYS)}
         settings = about["config"]
         if (settings is None) != (not state):
             raise ValueError("an adapter without settings, or settings without an adapter")
@@ -130,7 +139,7 @@ def read_classifier(path: str | Path) -> ClassifierFile:
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise UserError(f"{path}: {len(broken)} of its tensors are not finite ({broken[0]})")
-    return ClassifierFile(about["model"], method, config, state, head, names, made, mark, about.get("training") or {})
+    return ClassifierFile(about["model"], method, config, state, head, names, made, mark, training)
 
 
 def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classifier, ClassifierFile]:
@@ -144,7 +153,7 @@ def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classif
         UserError: the file or the network cannot be opened, or they do not fit; one line.
     """
     file = read_classifier(path)
-    classifier = open_classifier(model or file.model, len(file.class_names))
+    classifier = open_classifier(model or file.model, len(file.class_names), size_px=file.preprocessing.size_px)
     classifier.preprocessing = file.preprocessing
     put_in(str(path), classifier, file)
     return classifier.eval(), file
@@ -179,3 +188,18 @@ def put_in(label: str, classifier: Classifier, file: ClassifierFile, adapter_nam
         add_adapter(classifier.network, file.config, adapter_name)
         set_peft_model_state_dict(classifier.network, file.state, adapter_name)
     classifier.requires_grad_(False)
+
+
+def open_tests(tested: TestedSettings, files: Sequence[ClassifierFile]) -> LabelledSet:
+    """The images that classifiers are tried on; those that a share of the data was kept for are the same as in their
+    trainings.
+
+    Raises:
+        UserError: as `open_set`, or they kept different ones and the settings do not say which.
+    """
+    kept = {}
+    for name, usual in (("test_share", 0.2), ("seed", 0)):
+        told = {file.training.get(name, usual) for file in files}
+        given = getattr(tested, name)
+        kept[name] = given if given is not None else told.pop() if len(told) == 1 else None
+    return open_set(tested.data, dataset_dir=tested.dataset_dir, test_data=tested.test_data, **kept)

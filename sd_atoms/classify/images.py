@@ -3,7 +3,6 @@
 import csv
 import functools
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from sd_atoms.data.captions import refuse
-from sd_atoms.data.images import EXTENSIONS, scan_folder
+from sd_atoms.data.images import natural_key, scan_folder
 from sd_atoms.data.labelled import task_images
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.data.vtab import PREFIX, load_task
@@ -39,7 +38,12 @@ class LabelledSet:
 
 
 def open_set(
-    data: str, *, dataset_dir: str | None = None, test_data: str | None = None, test_share: float = 0.2, seed: int = 0
+    data: str,
+    *,
+    dataset_dir: str | None = None,
+    test_data: str | None = None,
+    test_share: float | None = 0.2,
+    seed: int | None = 0,
 ) -> LabelledSet:
     """The labelled images of a place.
 
@@ -47,13 +51,16 @@ def open_set(
         data: vtab:TASK, or a folder or CSV file in one of the layouts above.
         dataset_dir: where the images of a VTAB task are, or the id of a table of `datasets`.
         test_data: a second folder of classes, or CSV file, to test on.
-        test_share: of each class, where the place has no test images of its own; drawn by the seed.
+        test_share: of each class, where the place has no test images of its own; drawn by the seed. None refuses that.
         seed: of that.
 
     Raises:
         UserError: there are none, or everything that is wrong with them.
     """
+    if dataset_dir is not None and not data.startswith(PREFIX):
+        raise UserError(f"dataset_dir: {dataset_dir}: data={data} has its own images; {PREFIX}TASK needs a folder")
     if data.startswith(PREFIX):
+        _refuse_test_data(data, test_data)
         task = load_task(data.removeprefix(PREFIX))
         if dataset_dir is None:
             raise UserError(f"dataset_dir is required: the folder that holds the images of {data}")
@@ -66,8 +73,10 @@ def open_set(
         train, names = _listed(place)
         test, names = _tested(test_data, names)
     elif (place / "images.txt").is_file() and (place / "image_class_labels.txt").is_file():
+        _refuse_test_data(data, test_data)
         return _cub(place)
     elif (place / "train.bin").is_file():
+        _refuse_test_data(data, test_data)
         return _cifar(place)
     elif any((place / name).is_file() for name in ("train", "meta", "data_batch_1")):
         raise UserError(f"{place}: holds CIFAR as pickles, which can run code; take the binary version (train.bin)")
@@ -79,11 +88,21 @@ def open_set(
         train, names = _class_folders(inner)
         test, names = _tested(test_data or own_test, names)
     if not test:
+        if test_share is None or seed is None:
+            raise UserError(
+                f"seed, test_share: {data} has no test images of its own, and the classifiers kept different ones "
+                "from their trainings; say which"
+            )
         train, test = _split(train, test_share, seed)
     missing = sorted(set(range(len(names))) - {record.label for record in train})
     if missing:
         raise UserError(f"{data}: no image to learn {names[missing[0]]!r} from")
     return LabelledSet(train, test, names)
+
+
+def _refuse_test_data(data: str, test_data: str | None) -> None:
+    if test_data is not None:
+        raise UserError(f"test_data: {test_data}: {data} has test images of its own")
 
 
 def _tested(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[ImageRecord], tuple[str, ...]]:
@@ -107,52 +126,48 @@ def _class_folders(place: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
     folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"{place}: holds no folders of classes; expected {LAYOUTS}")
-    empty = [f"{path}: holds no images" for path in folders if not _has_images(path)]
-    refuse(empty[:MOST_TOLD], f"{place}: {len(empty)} of {len(folders)} classes are empty:")
     if len(folders) < 2:
         raise UserError(f"{place}: has one class, {folders[0].name}; two are needed to tell apart")
-    found = [
-        replace(image_record(path), label=label)
-        for label, folder in enumerate(folders)
-        for path in scan_folder(folder).paths
-    ]
+    found, empty = [], []
+    for label, folder in enumerate(folders):
+        try:
+            found += [replace(image_record(path), label=label) for path in scan_folder(folder).paths]
+        except UserError as error:
+            empty.append(str(error))
+    refuse(empty[:MOST_TOLD], f"{place}: {len(empty)} of {len(folders)} classes cannot be used:")
     return found, tuple(folder.name for folder in folders)
-
-
-def _has_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
 
 
 def _listed(path: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
     """A file of `path,label` lines with that heading, or of any two columns without one; paths count from there."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({getattr(error, 'strerror', None) or error})") from error
     columns = (0, 1)
-    if rows and {"path", "label"} <= {cell.strip().lower() for cell in rows[0]}:
-        head = [cell.strip().lower() for cell in rows.pop(0)]
+    if rows and {"path", "label"} <= {cell.strip().lower() for cell in rows[0][1]}:
+        head = [cell.strip().lower() for cell in rows.pop(0)[1]]
         columns = (head.index("path"), head.index("label"))
-    problems, entries = [], []
-    for number, row in enumerate(rows, 1):
+    problems, entries, lines = [], [], {}
+    for line, row in rows:
         if len(row) <= max(columns) or not all(row[column].strip() for column in columns):
-            problems.append(f"{path}, row {number}: {','.join(row)[:80]!r} is not path,label")
+            problems.append(f"{path}, line {line}: {','.join(row)[:80]!r} is not path,label")
             continue
         image, label = (row[column].strip() for column in columns)
         if not (path.parent / image).is_file():
-            problems.append(f"{path}, row {number}: {image} is missing")
+            problems.append(f"{path}, line {line}: {image} is missing")
+        elif image in lines:  # it could be learned and tested on at once
+            problems.append(f"{path}, line {line}: {image} is on line {lines[image]} already")
+        lines[image] = line
         entries.append((image, label))
-    refuse(problems[:MOST_TOLD], f"{path}: {len(problems)} of {len(rows)} rows cannot be used:")
-    names = sorted({label for _, label in entries}, key=_natural)
+    refuse(problems[:MOST_TOLD], f"{path}: {len(problems)} of {len(rows)} lines cannot be used:")
+    names = sorted({label for _, label in entries}, key=natural_key)
     if len(names) < 2:
         raise UserError(f"{path}: has {len(names)} classes; two are needed to tell apart")
     known = {name: label for label, name in enumerate(names)}
     return [replace(image_record(path.parent / image), label=known[label]) for image, label in entries], tuple(names)
-
-
-def _natural(name: str) -> list:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _cub(place: Path) -> LabelledSet:
@@ -163,9 +178,9 @@ def _cub(place: Path) -> LabelledSet:
     )
     for name, table in (("image_class_labels.txt", labels), ("train_test_split.txt", of_train)):
         if table.keys() != paths.keys():
-            odd = sorted(paths.keys() ^ table.keys(), key=_natural)[0]
+            odd = sorted(paths.keys() ^ table.keys(), key=natural_key)[0]
             raise UserError(f"{place / name}: does not list the images of images.txt; they differ in number {odd}")
-    order = {number: label for label, number in enumerate(sorted(classes, key=_natural))}
+    order = {number: label for label, number in enumerate(sorted(classes, key=natural_key))}
     names = tuple(classes[number] for number in order)
     sets = {"0": [], "1": []}
     for number, path in paths.items():
@@ -243,3 +258,24 @@ def _split(records: Sequence[ImageRecord], share: float, seed: int) -> tuple[lis
         test += order[:count]
         train += order[count:]
     return train, test
+
+
+def some_of(records: Sequence[ImageRecord], most: int | None, seed: str) -> list[ImageRecord]:
+    """At most so many, drawn by a seed, in their order."""
+    if most is None or most >= len(records):
+        return list(records)
+    places = sorted(random.Random(seed).sample(range(len(records)), most))
+    return [records[place] for place in places]
+
+
+def labels_among(records: Sequence[ImageRecord], names: Sequence[str], known: Sequence[str], whose: str) -> list[int]:
+    """Labels of images, which count in `names`, as a classifier counts that knows the classes `known`.
+
+    Raises:
+        UserError: it does not know one of them.
+    """
+    unknown = [names[record.label] for record in records if names[record.label] not in known]
+    if unknown:
+        raise UserError(f"data: class {unknown[0]!r} is not among the {len(known)} of {whose}")
+    places = {name: label for label, name in enumerate(known)}
+    return [places[names[record.label]] for record in records]

@@ -1,7 +1,6 @@
 """Pretrained image classifiers by name, with a new head: of transformers, of timm, and efficientnet-lite0."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.efficientnet import NAME as EFFICIENTNET
 from sd_atoms.evaluation.efficientnet import SIDE_PX, load_efficientnet
+from sd_atoms.methods.adapters import one_line
 from sd_atoms.pipeline.base import quiet_unless_terminal
 from sd_atoms.pipeline.fingerprint import fingerprint
 from sd_atoms.sources import resolve_source
@@ -123,13 +123,13 @@ def open_classifier(
     if mean_std is not None:
         own = Preprocessing(own.size_px, own.crop_share, *mean_std)
     own = own if size_px is None else Preprocessing(size_px, own.crop_share, own.mean, own.std)
-    classifier = Classifier(network.requires_grad_(False), head, own).eval()
-    before = classifier.head
+    network.requires_grad_(False)
+    before = network.get_submodule(head)
     if keep_head and before.out_features != classes:
         raise UserError(f"keep_head: {name} has {before.out_features} classes, the data {classes}")
     if not keep_head:
-        _replace(network, head, _new_head(before.in_features, classes, seed))
-        classifier = Classifier(network, head, own).eval()
+        network.set_submodule(head, _new_head(before.in_features, classes, seed))
+    classifier = Classifier(network, head, own).eval()
     classifier.head.requires_grad_(True)
     weights = {name: parameter for name, parameter in network.named_parameters() if not name.startswith(f"{head}.")}
     classifier.mark = fingerprint(weight for weight in weights.values() if weight.dim() > 1)
@@ -144,11 +144,10 @@ def _of_transformers(name: str, keep_head: bool) -> tuple[nn.Module, str, Prepro
         model, found = AutoModelForImageClassification.from_pretrained(
             source, use_safetensors=True, output_loading_info=True
         )
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        own = _preprocessing(AutoImageProcessor.from_pretrained(source, backend="pil"))
     except Exception as error:  # the libraries raise whatever they trip over
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model: {name!r} cannot be opened as an image classifier of transformers ({first})"
+            f"model: {name!r} cannot be opened as an image classifier of transformers ({one_line(error)})"
         ) from error
     head = _last_linear(model)
     missing = [key for key in found["missing_keys"] if not key.startswith(head)]
@@ -157,7 +156,7 @@ def _of_transformers(name: str, keep_head: bool) -> tuple[nn.Module, str, Prepro
         raise UserError(f"model: {name!r} ({kind}) lacks {len(missing)} weights of a classifier, such as {missing[0]}")
     if keep_head and found["missing_keys"]:
         raise UserError(f"keep_head: {name!r} comes without a head for its classes")
-    return model, head, _preprocessing(processor)
+    return model, head, own
 
 
 def _of_timm(name: str) -> tuple[nn.Module, str, Preprocessing]:
@@ -169,8 +168,7 @@ def _of_timm(name: str) -> tuple[nn.Module, str, Preprocessing]:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
         config = timm.data.resolve_model_data_config(model)
     except Exception as error:  # as above
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: {name!r} cannot be opened ({first})") from error
+        raise UserError(f"model: {name!r} cannot be opened ({one_line(error)})") from error
     own = Preprocessing(config["input_size"][-1], config["crop_pct"], tuple(config["mean"]), tuple(config["std"]))
     return model, _last_linear(model), own
 
@@ -200,11 +198,6 @@ def _new_head(features: int, classes: int, seed: int) -> nn.Linear:
     return head
 
 
-def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(network.get_submodule(parent), last, layer)
-
-
 @torch.no_grad()
 def try_out(classifier: Classifier, what: str) -> None:
     """One image of zeros through the network; raises UserError, which begins with `what`, if it cannot take it."""
@@ -215,8 +208,3 @@ def try_out(classifier: Classifier, what: str) -> None:
         raise UserError(f"{what} cannot take images of {side} px ({str(error).splitlines()[0]})") from error
     if logits.shape != (1, classifier.head.out_features):
         raise UserError(f"{what} does not end in one row of logits: {tuple(logits.shape)}")
-
-
-def public_model(name: str) -> str:
-    """The name without the folders of this machine."""
-    return Path(name).name if Path(name).exists() else name

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from transformers import CLIPImageProcessor
 
 from sd_atoms.classify.models import Classifier
 from sd_atoms.errors import UserError
@@ -18,13 +20,13 @@ def merged(classifier: Classifier) -> Classifier:
     merge_adapters(classifier.network)
     for name, module in list(classifier.network.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            parent, _, last = name.rpartition(".")
-            setattr(classifier.network.get_submodule(parent), last, module.get_base_layer())
+            classifier.network.set_submodule(name, module.get_base_layer())
     return classifier.eval()
 
 
 def save_plain(folder: Path, classifier: Classifier, class_names: tuple[str, ...]) -> None:
-    """A merged classifier of transformers as a folder that its own pipelines open; the processor lies beside it.
+    """A merged classifier of transformers as a folder that its own pipelines open, with a processor that makes images
+    ready as the training did.
 
     Raises:
         UserError: it is none of transformers, or the folder cannot be written.
@@ -34,11 +36,19 @@ def save_plain(folder: Path, classifier: Classifier, class_names: tuple[str, ...
         raise UserError("out: only classifiers of transformers become a folder; write an ONNX file")
     network.config.id2label = dict(enumerate(class_names))
     network.config.label2id = {name: label for label, name in enumerate(class_names)}
-    network.config.num_labels = len(class_names)
     vars(network).pop("peft_config", None)
     network._hf_peft_config_loaded = False
+    own = classifier.preprocessing
+    processor = CLIPImageProcessor(  # resizes the shorter side, crops the middle, normalises
+        size={"shortest_edge": round(own.size_px / own.crop_share)},
+        crop_size={"height": own.size_px, "width": own.size_px},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(own.mean),
+        image_std=list(own.std),
+    )
     try:
         network.save_pretrained(folder)
+        processor.save_pretrained(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
 

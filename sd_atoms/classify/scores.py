@@ -1,9 +1,9 @@
 """What a classifier says of images, and how right it is: logits of records, accuracy, calibration, confusion."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -11,7 +11,7 @@ from sd_atoms.classify.models import Classifier
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.data.images import to_unit
 from sd_atoms.data.records import ImageRecord
-from sd_atoms.evaluation.intervals import Figure, mean_figure
+from sd_atoms.evaluation.intervals import mean_figure, share_figure
 from sd_atoms.machine import check_finite, read_ahead, shared_work
 from sd_atoms.progress import followed
 
@@ -25,18 +25,19 @@ def logits_of(classifier: Classifier, records: Sequence[ImageRecord], accelerato
     """(N, classes) float32 on the CPU, in the order of the records; processes share the work, and all must call it."""
     device = classifier.head.weight.device
 
-    def some(share: Sequence[ImageRecord]) -> list[torch.Tensor]:
+    def some(share: Sequence[ImageRecord]) -> list[np.ndarray]:
         ready = read_ahead(lambda record: centre_crop(record.read(), classifier.preprocessing), share)
         rows, batch = [], []
         for image in followed(ready, len(share), "Images", "image"):
             batch.append(image)
             if len(batch) == BATCH or len(rows) + len(batch) == len(share):
                 pixels = classifier.preprocessing.normalised(to_unit(batch).to(device))
-                rows += classifier(pixels).float().cpu()
+                # as numpy, since a row of a tensor takes its whole batch along to another process
+                rows += [*classifier(pixels).float().cpu().numpy()]
                 batch = []
         return rows
 
-    found = torch.stack(shared_work(some, records, accelerator))
+    found = torch.from_numpy(np.stack(shared_work(some, records, accelerator)))
     check_finite(found, "what the classifier says", "its file or its network is broken")
     return found
 
@@ -69,19 +70,13 @@ def scores_of(
     }
     loss = F.cross_entropy(logits.double(), truth, reduction="none")
     return {
-        "accuracy": share_figure(right, seed).entries(),
+        "accuracy": share_figure(right).entries(),
         "cross_entropy": mean_figure(loss, DRAWS, seed).entries(),
         "majority": (counts.max() / len(truth)).item(),
         "calibration_error": calibration_error(logits, truth),
         "by_class": by_class,
         "confusion": confusion.tolist(),
     }
-
-
-def share_figure(right: torch.Tensor, seed: int) -> Figure:
-    """The share of what is right, (N,) bool, with its interval, which ends at 0 and 1."""
-    found = mean_figure(right.double(), DRAWS, seed)
-    return found if found.low is None else replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def calibration_error(logits: torch.Tensor, truth: torch.Tensor) -> float:

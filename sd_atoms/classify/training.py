@@ -42,25 +42,29 @@ def adapt(classifier: Classifier, config: ClassifyConfig) -> ClassifyConfig:
     """
     method = config.method.chosen()
     target = config.method.target or TARGETS.get(method.name, method.default_target)
-    usual = config.usual_rates()
-    left_open = {name: rate for name, rate in usual.items() if getattr(config.optimiser, name) is None}
+    left_open = {name: rate for name, rate in config.usual_rates().items() if getattr(config.optimiser, name) is None}
     config = replaced(config, target=target, **left_open)
     if method is HEAD_ALONE:
         return config
     layers = target_layers(classifier, target, method.name)
+    # as an expression, since PEFT takes the names of a list for endings: the stem conv1 for every block's conv1 too
+    exactly = f"(?:{'|'.join(map(re.escape, layers))})" if isinstance(layers, list) else layers
     settings = config.method.given()
     if config.method.budget is not None:
         budget = budget_of(config.method.budget)
-        settings = find_budget(method, classifier.network, budget, settings, layers).settings
+        settings = find_budget(method, classifier.network, budget, settings, exactly).settings
         config = replaced(config, budget=None, **settings)
     head = list(classifier.head.parameters())
-    peft = method.make_config(classifier.network, settings | {"seed": config.loop.seed}, layers)
-    if isinstance(peft, AtomsConfig) and peft.solver == "svd" and not isinstance(layers, str):
+    peft = method.make_config(classifier.network, settings | {"seed": config.loop.seed}, exactly)
+    if isinstance(peft, AtomsConfig) and peft.solver == "svd" and isinstance(layers, list):
         # K atoms are exact and all that K taps have; pointwise and Linear layers have block atoms or none
         kernels = {name: getattr(classifier.network.get_submodule(name), "kernel_size", (1,)) for name in layers}
         taps = {name: prod(kernel) for name, kernel in kernels.items()}
         peft.m_pattern = {re.escape(name): count for name, count in taps.items() if 1 < count < peft.m}
+    torch.manual_seed(config.loop.seed)  # PEFT's tuners draw what they begin with from the global generator
     add_adapter(classifier.network, peft)
+    if type(classifier.head) is not nn.Linear:
+        raise UserError(f"target: takes in {classifier.head_name}, the head, which is trained whole; leave it out")
     # PEFT's OFT takes the channels-last input of a Linear layer, as in ConvNeXt, for a convolution's
     try_out(classifier, f"method {method.name}: this network, adapted so,")
     for parameter in head:  # PEFT froze it with the base
@@ -221,7 +225,9 @@ def training_image(
 
 
 def random_box(size: tuple[int, int], smallest: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a crop whose area is a share from `smallest` to 1, of an aspect within ASPECT."""
+    """Left, top, right, bottom of a crop whose area is a share from `smallest` to 1, of an aspect within ASPECT; the
+    middle, of such an aspect, where ten draws do not fit in.
+    """
     width, height = size
     for _ in range(10):
         area, aspect = width * height * rng.uniform(smallest, 1), np.exp(rng.uniform(*np.log(ASPECT)))
@@ -229,7 +235,10 @@ def random_box(size: tuple[int, int], smallest: float, rng: random.Random) -> tu
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    return 0, 0, width, height
+    aspect = min(max(width / height, ASPECT[0]), ASPECT[1])  # as much of the middle as such an aspect takes
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def centre_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

@@ -73,7 +73,7 @@ def scan_folder(folder: str | os.PathLike) -> ImageFolder:
         problem = "is a file" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {problem}; expected a folder of images")
     try:
-        entries = sorted(folder.iterdir(), key=_natural_key)
+        entries = sorted(folder.iterdir(), key=lambda entry: natural_key(entry.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); expected a folder of images") from error
     paths = [entry for entry in entries if _why_ignored(entry) is None]
@@ -233,10 +233,11 @@ def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     return to_unit(images) * 2 - 1
 
 
-def _natural_key(path: Path) -> tuple:
-    # "img10.png" -> ("img", 10, ".png"): text and numbers always alternate, so keys compare; the name breaks ties.
-    parts = re.split(r"([0-9]+)", path.name.casefold())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
+def natural_key(name: str) -> tuple:
+    """Sorts names with numbers by value, img2 before img10, alike in every locale and process."""
+    # "img10.png" -> ("img", 10, ".png"): text and numbers always alternate, so keys compare; the name breaks ties
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def _why_ignored(entry: Path) -> str | None:

@@ -1,11 +1,15 @@
-"""Bootstrap intervals: how far a figure would move with other images of the same kind (95 %, percentiles)."""
+"""Intervals of 95 %: how far a figure would move with other images of the same kind; percentiles of a bootstrap, of
+shares Wilson's."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import torch
 
 SHARE = 0.95
+DRAWN_AT_ONCE = 2**22  # images of several draws: 64 MB
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,23 @@ class Figure:
 
 def mean_figure(values: torch.Tensor, draws: int, seed: int) -> Figure:
     """The mean of a value per image (N,), and its interval."""
-    values = values.double()
-    weights = counts(len(values), draws, seed)  # (N, B)
-    return figure(values.mean().item(), len(values), values @ weights / len(values))
+    values, n = values.double(), len(values)
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for some in torch.arange(draws if n > 1 else 0).split(max(1, DRAWN_AT_ONCE // max(1, n))):
+        found.append(values[torch.randint(n, (len(some), n), generator=generator)].mean(1))
+    return figure(values.mean().item(), n, torch.cat(found) if found else values.new_zeros(0))
+
+
+def share_figure(right: torch.Tensor) -> Figure:
+    """The share of images of which something holds, (N,) bool, and Wilson's interval: within 0 and 1, and of some
+    width at either end, where all draws of a bootstrap are alike.
+    """
+    n, z = len(right), NormalDist().inv_cdf((1 + SHARE) / 2)
+    share = right.double().mean().item()
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Figure(share, n, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def drawn_figure(function: Callable[[torch.Tensor], float], n: int, draws: int, seed: int) -> Figure:

@@ -27,12 +27,12 @@ from sd_atoms.jobs.queue import Job, lock_of
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.rows import mean_of
 from sd_atoms.settings import plain_values, read_config, resolve, setting, shown, unmet_needs
-from sd_atoms.training.run_folder import CONFIG, METRICS, changed_settings
+from sd_atoms.training.run_folder import CONFIG, FREE_ON_RESUME, METRICS, changed_settings
 
 WHAT = "what is compared"
 FORCED = ("output_dir", "seed", "overwrite", "resume_from_checkpoint")
 OF_TASKS = ("data", "dataset_dir", "test_data", "keep_head")
-QUEUE = "queue"
+QUEUE, CACHE = "queue", "cache"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def read_classifier_plan(path: str, flags: Mapping[str, Any]) -> ClassifierPlan:
     if not isinstance(shared, dict):
         problems.append(f"settings: `name: value` lines are needed, got {shown(shared)}")
     elif tasks:
-        problems += [f"settings: {name}: the tasks decide it" for name in OF_TASKS if name in shared]
         problems += ["data_dir is required with tasks"] if experiment.data_dir is None else []
     if not isinstance(methods, dict) or not methods:
         problems.append("methods: one or more are needed, each with its settings or nothing behind its label")
@@ -109,9 +108,10 @@ def read_classifier_plan(path: str, flags: Mapping[str, Any]) -> ClassifierPlan:
     runs, folder = [], Path(experiment.output_dir)
     for label, own in methods.items():
         values = shared | {"method": label} | (own or {})
-        taken = [name for name in FORCED if name in values]
+        taken = [name for name in (*FORCED, *(OF_TASKS if tasks else ())) if name in values]
         if taken:
-            problems.append(f"methods.{label}: {', '.join(taken)} is what the comparison decides")
+            decides = "the comparison decides it" + " by its tasks" * any(name in OF_TASKS for name in taken)
+            problems.append(f"methods.{label}: {', '.join(taken)}: {decides}")
             continue
         try:
             runs += [
@@ -135,7 +135,8 @@ def _run(
     if task is not None:
         name = f"{safe_name(task.name)}/{name}"
         values = values | {"data": f"{PREFIX}{task.name}", "dataset_dir": data_dir}
-    given = values | {"seed": seed, "output_dir": str(folder / "runs" / name)}
+    cache = {"cache_dir": str(folder / CACHE)}  # all runs look at the same images
+    given = cache | values | {"seed": seed, "output_dir": str(folder / "runs" / name)}
     return ClassifierRun(name, "" if task is None else task.name, label, resolve(ClassifyConfig, given))
 
 
@@ -149,9 +150,11 @@ def check_folder(runs: Sequence[ClassifierRun]) -> None:
         path = Path(run.config.output.output_dir) / CONFIG
         if path.exists():
             # what was left open is filled in when a run begins
-            open_ones = {name for name, value in plain_values(run.config).items() if value is None}
-            changed = changed_settings(run.config, path, {*open_ones, "budget", *run.config.method.chosen().settings}
-                                       if run.config.method.budget else open_ones)  # fmt: skip
+            free = {name for name, value in plain_values(run.config).items() if value is None}
+            free |= FREE_ON_RESUME - {"max_train_steps", "num_train_epochs"}
+            if run.config.method.budget:
+                free |= {"budget", *run.config.method.chosen().settings}
+            changed = changed_settings(run.config, path, free)
             if changed:
                 raise UserError(f"{path.parent}: holds a run of other settings: {'; '.join(changed)}; remove it")
 
@@ -175,7 +178,7 @@ def rows_of(runs: Sequence[ClassifierRun]) -> list[ClassifierRow]:
     """A row for each method that has finished runs."""
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
-        found = [_metrics(run) for run in runs if run.method == method]
+        found = [metrics_in(Path(run.config.output.output_dir) / METRICS) for run in runs if run.method == method]
         found = [metrics for metrics in found if metrics is not None]
         if not found:
             continue
@@ -187,8 +190,8 @@ def rows_of(runs: Sequence[ClassifierRun]) -> list[ClassifierRow]:
                 seeds=len(found),
                 parameters=training[0]["trained_numbers"],
                 head=training[0]["head_numbers"],
-                test=mean_of([metrics["test"]["accuracy"] for metrics in found]),
-                train=mean_of([metrics["train"]["accuracy"] for metrics in found]),
+                test=_share([metrics["test"]["accuracy"] for metrics in found]),
+                train=_share([metrics["train"]["accuracy"] for metrics in found]),
                 gap=mean_of([{"value": gap, "low": None, "high": None} for gap in gaps]),
                 calibration=sum(metrics["test"]["calibration_error"] for metrics in found) / len(found),
                 seconds=sum(own["seconds"] for own in training) / len(found),
@@ -198,11 +201,18 @@ def rows_of(runs: Sequence[ClassifierRun]) -> list[ClassifierRow]:
     return rows
 
 
-def _metrics(run: ClassifierRun) -> Mapping[str, Any] | None:
-    path = Path(run.config.output.output_dir) / METRICS
+def _share(figures: Sequence[Mapping[str, Any]]) -> tuple[float, float | None, float | None]:
+    mean, low, high = mean_of(figures)
+    return (mean, low, high) if low is None else (mean, max(0.0, low), min(1.0, high))
+
+
+def metrics_in(path: Path) -> Mapping[str, Any] | None:
+    """What a run ended with; None before it has. Raises UserError where the file is broken."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["training"]["seconds"], found["test"]["accuracy"], found["train"]["accuracy"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as metrics of a run ({error})") from error
+    return found

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +85,21 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     )
 
 
-def summary_text(metrics: Mapping[str, Any], file: Path, confusion: Path) -> str:
-    """What came out of a training, and what to do with it."""
+def summary_text(metrics: Mapping[str, Any], file: Path, confusion: Path, model: str | None) -> str:
+    """What came out of a training, and what to do with it; `model` is where its network is, if the file cannot say."""
     training = metrics["training"]
     own = f"{training['trained_numbers']:,} parameters of {training['method']} and " * bool(
         training["trained_numbers"]
     )
+    words = ["sd-atoms", "classify", "predict", "--classifier", str(file.parent)]
+    words += [] if model is None else ["--model", model]
     lines = [
         f"\nTrained {own}{training['head_numbers']:,} of the head in {training['steps']} steps, "
         f"{training['seconds']:.0f} s; loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}.",
         scores_text(metrics["test"]),
         f"Of the training images {metrics['train']['accuracy']['value']:.1%} are right.",
         f"\n{file} ({file.stat().st_size / 1000:.0f} KB) and {confusion}\n\nTry next:",
-        f"  sd-atoms classify predict --classifier {file.parent} IMAGE …",
+        f"  {shlex.join(words)} IMAGE …",
     ]
     return "\n".join(lines) + "\n"
 
@@ -136,7 +139,7 @@ def rows_markdown(title: str, rows: Sequence[ClassifierRow], failed: Mapping[str
     parts.append(table(header, cells, right=[False, *[True] * (len(header) - 1)]))
     parts.append(
         "Accuracies in percent; ± is half an interval of 95 %, the wider one of two: over images, and over seeds. "
-        "parameters: trained besides the head. ECE: calibration error."
+        "train: of up to 2,000 of the training images. parameters: trained besides the head. ECE: calibration error."
     )
     return "\n\n".join(parts + failures_markdown(failed)) + "\n"
 

@@ -12,6 +12,7 @@ from sd_atoms.methods.table import METHODS, RATES
 from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
 from sd_atoms.settings import flat, section, setting, unmet_needs
 from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
+from sd_atoms.tuner.targets import TARGET_SETS
 
 MODEL, ADAPTER, RUN, OBJECTIVE, OPTIMISER = "model", "adapter", "run", "objective", "optimiser"
 VALIDATION, PICTURES, MACHINE, SHARING = "validation", "pictures at the end", "precision and logging", "sharing"
@@ -130,8 +131,7 @@ class MethodSettings:
     target: str | None = setting(
         None,
         ADAPTER,
-        "layers to adapt: conv3x3, conv, conv+linear, attn, all-linear, or a regular expression over their names; "
-        "none = the method's own",
+        f"layers to adapt: {', '.join(TARGET_SETS)}, or a regular expression over their names; none = the method's own",
     )
     form: str = setting("auto", ADAPTER, "how an adapted convolution is computed; all give the same", choices=FORMS)
 
@@ -335,7 +335,12 @@ class PrecisionSettings:
         choices=("no", "fp16", "bf16"),
         environment="ACCELERATE_MIXED_PRECISION",
     )
-    allow_tf32: bool = setting(False, MACHINE, "faster float32 products on recent NVIDIA cards, a little less exact")
+    allow_tf32: bool = setting(
+        False,
+        MACHINE,
+        "faster float32 matrix products on recent NVIDIA cards, a little less exact; PyTorch's convolutions have it "
+        "anyway",
+    )
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,11 @@ def check_data(output: OutputSettings, data: Mapping[str, str]) -> list[str]:
 
 def is_first_start(output: OutputSettings) -> bool:
     """Whether going on with the latest checkpoint means to begin: there is no run yet, or one without checkpoint and
-    adapter. So a job that a cluster starts again needs one command only."""
+    result. So a job that a cluster starts again needs one command only."""
     folder = Path(output.output_dir)
-    if output.resume_from_checkpoint != "latest" or checkpoints(folder / CHECKPOINTS) or (folder / ADAPTER).exists():
+    if output.resume_from_checkpoint != "latest" or checkpoints(folder / CHECKPOINTS):
+        return False
+    if (folder / ADAPTER).exists() or (folder / METRICS).exists() or any(folder.glob("*.safetensors")):
         return False
     return (folder / CONFIG).exists() or not _in_use(folder)
 

@@ -65,7 +65,7 @@ def test_methods_are_trained_alike_and_told_side_by_side(tmp_path, capsys):
         ({"colour": 1}, "unknown key 'colour'"),
         ({"methods": {}}, "methods: one or more are needed"),
         ({"methods": {"x": {"method": "nowhere"}}}, "nowhere"),
-        ({"methods": {"head": {"seed": 3}}}, "seed is what the comparison decides"),
+        ({"methods": {"head": {"seed": 3}}}, "seed: the comparison decides it"),
         ({"methods": {"a b": {"method": "head"}, "A b": {"method": "head"}}}, "one name for their folder"),
         ({"seeds": "2-1"}, "runs backwards"),
     ],
@@ -118,7 +118,8 @@ def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"model": "x", "data": "y"}}, "settings: data: the tasks decide it"),
+        ({"settings": {"model": "x", "data": "y"}}, "data: the comparison decides it by its tasks"),
+        ({"methods": {"head": {"data": "y"}}}, "methods.head: data: the comparison decides it by its tasks"),
         ({"data_dir": None}, "data_dir is required with tasks"),
         ({"tasks": None}, "data_dir needs tasks"),
     ],

@@ -6,9 +6,8 @@ import torch
 from small import coloured
 
 from sd_atoms.classify.models import Preprocessing
-from sd_atoms.classify.scores import calibration_error, scores_of, share_figure
+from sd_atoms.classify.scores import calibration_error, scores_of
 from sd_atoms.classify.training import centre_crop, random_box
-from sd_atoms.evaluation.intervals import mean_figure
 
 
 def test_accuracy_classes_and_confusion():
@@ -22,17 +21,6 @@ def test_accuracy_classes_and_confusion():
         [row[label] - np.log(np.exp(row).sum()) for row, label in zip(logits.numpy(), [0, 1, 1, 1], strict=True)]
     )
     assert found["cross_entropy"]["value"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_an_interval_of_a_share_ends_at_none_and_all():
-    beyond = []
-    for count in range(3, 20):
-        right = torch.tensor([False] + [True] * count)
-        found, plain = share_figure(right, 0), mean_figure(right.double(), 1000, 0)
-        assert found.value == pytest.approx(count / (count + 1))
-        assert (found.low, found.high) == (max(0.0, plain.low), min(1.0, plain.high))
-        beyond.append(plain.high > 1)
-    assert any(beyond)
 
 
 def test_the_calibration_error_is_that_of_its_bins():

@@ -147,12 +147,12 @@ def bad_row(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_class, "yellow: holds no images"),
+        (empty_class, "yellow: no images"),
         (one_class, "has one class, red"),
         (too_few, "leaves none to learn from"),
         (unknown_label, "class 'green' is not among those learned"),
-        (missing_image, "row 1: a.png is missing"),
-        (bad_row, "row 2: 'a.png' is not path,label"),
+        (missing_image, "line 1: a.png is missing"),
+        (bad_row, "line 2: 'a.png' is not path,label"),
         (lambda folder: folder / "nowhere", "no such file or folder"),
     ],
 )

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
-from sd_atoms.evaluation import sets
-from sd_atoms.evaluation.intervals import counts, drawn_figure, figure, mean_figure
+from sd_atoms.evaluation import intervals, sets
+from sd_atoms.evaluation.intervals import counts, drawn_figure, figure, mean_figure, share_figure
 from sd_atoms.evaluation.metrics import diversity, nearest, nearest_other, vendi, weighted_diversity
 from sd_atoms.evaluation.sets import Frechet, cmmd, fd_infinity, fid, kid, mifid, neighbours
 
@@ -190,3 +190,27 @@ def test_intervals_hold_the_mean_and_shrink_with_the_root_of_n():
     assert mean_figure(few, 500, 0) == wide
     assert drawn_figure(lambda numbers: few[numbers].mean().item(), 50, 300, 0).low == pytest.approx(wide.low, abs=0.1)
     assert (mean_figure(few[:1], 500, 0).low, figure(1.0, 1, torch.zeros(0)).high) == (None, None)
+
+
+def test_a_mean_is_drawn_in_parts_as_at_once(monkeypatch):
+    values = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    whole = mean_figure(values, 200, 0)
+    expected = values.double() @ counts(300, 200, 0) / 300
+    assert (
+        whole == figure(whole.value, 300, expected) or abs(whole.low - figure(whole.value, 300, expected).low) < 1e-12
+    )
+    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", 1000)
+    parts = mean_figure(values, 200, 0)
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("right", "n"), [(6, 6), (0, 6), (84, 100), (1, 1)])
+def test_the_interval_of_a_share_is_where_its_score_test_turns(right, n):
+    """Wilson's ends p solve |share − p| = z √(p (1 − p) / n)."""
+    found = share_figure(torch.arange(n) < right)
+    assert (found.value, found.n) == (right / n, n)
+    for end in (found.low, found.high):
+        inside = 0 < end < 1
+        gap = abs(found.value - end) - 1.959964 * (end * (1 - end) / n) ** 0.5
+        assert (abs(gap) < 1e-6) if inside else (end == found.value)
+    assert found.high - found.low > 0

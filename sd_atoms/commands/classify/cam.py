@@ -7,13 +7,12 @@ from PIL import Image
 
 from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
 from sd_atoms.classify.file import load_classifier
-from sd_atoms.classify.images import open_set
-from sd_atoms.classify.scores import DRAWS, share_figure
+from sd_atoms.classify.images import open_set, some_of
+from sd_atoms.classify.scores import DRAWS
 from sd_atoms.classify.training import centre_crop
-from sd_atoms.commands.classify.train import some_of
 from sd_atoms.data.images import to_unit
 from sd_atoms.errors import UserError
-from sd_atoms.evaluation.intervals import mean_figure
+from sd_atoms.evaluation.intervals import mean_figure, share_figure
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.progress import followed
 from sd_atoms.report.classifier import cam_sheet
@@ -69,7 +68,7 @@ def run(settings: Settings) -> None:
         labels = [file.class_names.index(name) for name in names]
         maps, said = maps_of(classifier, images, labels, layer)
         size = mean_figure(active_shares(maps), DRAWS, settings.seed)
-        right = share_figure(said == said.new_tensor(labels), settings.seed)
+        right = share_figure(said == said.new_tensor(labels))
         title = f"{file.method}: {Path(place).name}"
         told.append({"classifier": place, "layer": layer, "active": size.entries(), "accuracy": right.entries()})
         plain = [centre_crop(images[place], classifier.preprocessing) for place in shown]

@@ -5,7 +5,6 @@ Stopped at any moment, the same command goes on; started twice, the work is divi
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +18,14 @@ from sd_atoms.jobs.classifiers import (
     ClassifierPlan,
     check_folder,
     jobs_of,
+    metrics_in,
     read_classifier_plan,
     rows_of,
 )
 from sd_atoms.jobs.cluster import ClusterSettings, do_jobs
-from sd_atoms.jobs.queue import HOW, QueueSettings, status_text
+from sd_atoms.jobs.queue import HOW, Job, QueueSettings, status_text
 from sd_atoms.report.classifier import accuracy_figure, rows_csv, rows_markdown
-from sd_atoms.report.classifier_tasks import mean_rows, tasks_csv, tasks_markdown
+from sd_atoms.report.classifier_tasks import group_means, mean_rows, tasks_csv, tasks_markdown
 from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, unmet_needs
 
 
@@ -102,7 +102,8 @@ def compare(
     check_folder(plan.runs)
     failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
     if with_report:
-        report(plan, failed)
+        # of all methods of the file, those that another call has done too
+        report(read_classifier_plan(file, {**flags, "methods": None}), failed)
     if failed:
         raise SystemExit(1)
 
@@ -116,19 +117,22 @@ def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:
         rows, title = mean_rows(by_task, groups), f"VTAB, {network}"
         markdown, table = tasks_markdown(title, by_task, groups, failed), tasks_csv(by_task)
         results = {"tasks": {name: [asdict(row) for row in own] for name, own in by_task.items()}}
+        results["means"] = group_means(by_task, groups)
     else:
         rows, title = rows_of(plan.runs), f"{plan.runs[0].config.data.data}, {network}"
         markdown, table = rows_markdown(title, rows, failed) if rows else "", rows_csv(rows)
         results = {"rows": [asdict(row) for row in rows]}
-    if not rows:
+    if not (any(by_task.values()) if plan.tasks else rows):
         return
     write_text(folder / "table.md", markdown)
     write_text(folder / "table.csv", table)
     write_json(folder / "results.json", {**results, "failed": dict(failed)})
-    with replacing(folder / "accuracy.png") as temporary:
-        accuracy_figure(title, rows).savefig(temporary, format="png")
-    print(f"\n{markdown}\n{folder} has it, with accuracy.png")
+    if rows:  # of tasks, the means of methods that are done with all
+        with replacing(folder / "accuracy.png") as temporary:
+            accuracy_figure(title, rows).savefig(temporary, format="png")
+    print(f"\n{markdown}\n{folder} has it{', with accuracy.png' * bool(rows)}")
 
 
-def _seconds(job) -> float | None:
-    return json.loads(job.done.read_text(encoding="utf-8"))["training"].get("seconds") if job.done.exists() else None
+def _seconds(job: Job) -> float | None:
+    metrics = metrics_in(job.done)
+    return None if metrics is None else metrics["training"]["seconds"]

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd_atoms.classify.file import load_classifier
-from sd_atoms.classify.images import open_set
+from sd_atoms.classify.config import TestedSettings
+from sd_atoms.classify.file import load_classifier, open_tests
+from sd_atoms.classify.images import labels_among
 from sd_atoms.classify.scores import logits_of, scores_of
 from sd_atoms.data.checked import usable
-from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.machine import make_accelerator
 from sd_atoms.report.classifier import confusion_figure, scores_text
-from sd_atoms.settings import setting
+from sd_atoms.settings import section, setting
 
 WHAT, HOW = "what is tested", "what is written"
 
@@ -21,10 +21,7 @@ class Settings:
     """Settings of `sd-atoms classify evaluate`."""
 
     classifier: str = setting(None, WHAT, "a run folder of `classify train`, or its file", required=True)
-    data: str = setting(None, WHAT, "labelled images, as for `classify train`; its test images count", required=True)
-    dataset_dir: str | None = setting(None, WHAT, "the images of vtab:TASK: a folder, or an id for `datasets`")
-    test_share: float = setting(0.2, WHAT, "of each class, where there are no test images", low=0.01, high=0.9)
-    seed: int = setting(0, WHAT, "of that share, as the training had it", low=0)
+    tested: TestedSettings = section(TestedSettings)
     model: str | None = setting(None, WHAT, "where the pretrained network is; none = as the file says")
     json: str | None = setting(None, HOW, "also write the figures to this file")
     confusion: str | None = setting(None, HOW, "also draw the confusion matrix into this PNG file")
@@ -39,17 +36,10 @@ def run(settings: Settings) -> None:
     """
     check_outputs(settings.overwrite, json=settings.json, confusion=settings.confusion)
     classifier, file = load_classifier(settings.classifier, settings.model)
-    found = open_set(
-        settings.data, dataset_dir=settings.dataset_dir, test_share=settings.test_share, seed=settings.seed
-    )
-    unknown = [name for name in found.class_names if name not in file.class_names]
-    if unknown:
-        raise UserError(
-            f"data: class {unknown[0]!r} is not among the {len(file.class_names)} of {settings.classifier}"
-        )
+    found = open_tests(settings.tested, [file])
     accelerator = make_accelerator()
     records, _ = usable(found.test, "error", accelerator)
-    truth = [file.class_names.index(found.class_names[record.label]) for record in records]
+    truth = labels_among(records, found.class_names, file.class_names, settings.classifier)
     classifier.to(accelerator.device)
     scores = scores_of(logits_of(classifier, records, accelerator), truth, file.class_names)
     if not accelerator.is_main_process:

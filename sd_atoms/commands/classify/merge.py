@@ -1,6 +1,5 @@
 """Writes a trained classifier without its adapter: as a folder of transformers, as an ONNX file, or both."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,8 @@ from sd_atoms.classify.plain import merged, save_plain, write_onnx
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing_folder
 from sd_atoms.settings import setting
-from sd_atoms.sources import resolve_source
 
 WHAT, HOW = "what is written", "how"
-PROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,8 @@ def run(settings: Settings) -> None:
     classifier, file = load_classifier(settings.classifier, settings.model)
     merged(classifier)
     if out is not None:
-        source = Path(str(resolve_source(settings.model or file.model, "model")))
         with replacing_folder(out) as folder:
             save_plain(folder, classifier, file.class_names)
-            if (source / PROCESSOR).is_file():
-                shutil.copyfile(source / PROCESSOR, folder / PROCESSOR)
         print(f"{out}: {len(file.class_names)} classes, for AutoModelForImageClassification.from_pretrained")
     if settings.onnx is not None:
         apart = write_onnx(Path(settings.onnx), classifier)

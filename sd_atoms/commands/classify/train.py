@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from sd_atoms.classify.config import ClassifyConfig
+from sd_atoms.classify.config import HEAD_ALONE, ClassifyConfig
 from sd_atoms.classify.file import NAME, save_classifier
-from sd_atoms.classify.images import LabelledSet, open_set
-from sd_atoms.classify.models import open_classifier, public_model
+from sd_atoms.classify.images import LabelledSet, open_set, some_of
+from sd_atoms.classify.models import TIMM, Classifier, open_classifier
 from sd_atoms.classify.scores import logits_of, scores_of
 from sd_atoms.classify.training import adapt, data_digests, train_classifier, trained_counts
 from sd_atoms.data.checked import usable
@@ -20,6 +20,7 @@ from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_he
 from sd_atoms.report.classifier import confusion_figure, summary_text
 from sd_atoms.report.run import learning_curve
 from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.sources import public_name
 from sd_atoms.training.run_folder import (
     CURVES,
     IMAGES,
@@ -59,18 +60,13 @@ def run(config: ClassifyConfig) -> Path:
     if on_main(accelerator, lambda: is_first_start(config.output)):
         config = replaced(config, resume_from_checkpoint=None, overwrite=True)
         notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
+    if config.output.resume_from_checkpoint is None:
+        on_main(accelerator, lambda: check_output(config))  # before all images are read
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
     found, skipped = labelled_images(config, accelerator)
     notes += skipped
     network = config.network
-    classifier = open_classifier(
-        network.model,
-        len(found.class_names),
-        size_px=network.size_px,
-        normalisation=network.normalisation,
-        keep_head=network.keep_head,
-        seed=seed,
-    )
+    classifier = opened_classifier(config, len(found.class_names))
     config = adapt(classifier, config)
     on_main(accelerator, lambda: check_output(config))
     digests = data_digests(found)
@@ -89,9 +85,11 @@ def run(config: ClassifyConfig) -> Path:
     progress = train_classifier(config, classifier, accelerator, found.train, folder, begin, digests)
     memory, method = peak_bytes(accelerator.device.type), config.method.chosen()
     trained, of_head = trained_counts(classifier)
-    told = {"images": len(found.train), "steps": progress.step, "seed": seed}
+    told = {"images": len(found.train), "steps": progress.step, "seed": seed, "test_share": config.data.test_share}
+    # `prepare` made its forward pass mixed; it is tested as it will be used
+    accelerator.unwrap_model(classifier, keep_fp32_wrapper=False)
     if accelerator.is_main_process:
-        names = dict(model=public_model(network.model), method=method.name, class_names=found.class_names)
+        names = dict(model=told_model(network.model), method=method.name, class_names=found.class_names)
         save_classifier(folder / NAME, classifier, **names, training=told)
     classifier.requires_grad_(False)
 
@@ -115,7 +113,8 @@ def run(config: ClassifyConfig) -> Path:
         with replacing(figure) as temporary:
             confusion_figure(tested["confusion"], found.class_names).savefig(temporary, format="png")
         write_json(folder / METRICS, metrics)
-        print(summary_text(metrics, folder / NAME, figure))
+        known = told_model(network.model) == network.model
+        print(summary_text(metrics, folder / NAME, figure, None if known else network.model))
     accelerator.end_training()
     return folder
 
@@ -126,12 +125,17 @@ def plan_text(config: ClassifyConfig) -> str:
     images, classes = None, None
     try:
         found = opened_set(config)
-        images, classes = len(found.train), len(found.class_names)
-        told = f"{images:,} to learn from, {len(found.test):,} to test on, {classes} classes"
+        images, tests = len(found.train), len(found.test)
+        images, tests = (
+            min(images, config.data.max_train_samples or images),
+            min(tests, config.data.max_test_samples or tests),
+        )
+        classes = len(found.class_names)
+        told = f"{images:,} to learn from, {tests:,} to test on, {classes} classes"
     except UserError as error:
         told = f"not here: {error}"
     try:
-        classifier = open_classifier(network.model, classes or 2, size_px=network.size_px)
+        classifier = opened_classifier(config, classes or 2)
         config = adapt(classifier, config)
         trained, of_head = trained_counts(classifier)
         of = f"{trained:,} parameters, {of_head:,} of the head" + ("" if classes else " if there were two classes")
@@ -143,7 +147,8 @@ def plan_text(config: ClassifyConfig) -> str:
         length += f", {-(-loop.num_train_epochs * images // per_step):,} steps"
     optimiser = config.optimiser
     rate = optimiser.learning_rate if optimiser.learning_rate is not None else config.usual_rates()["learning_rate"]
-    rates = f"{rate:g} for {method.name}, {optimiser.head_learning_rate:g} for the head"
+    rates = f"{optimiser.head_learning_rate:g} for the head"
+    rates = rates if method is HEAD_ALONE else f"{rate:g} for {method.name}, {rates}"
     lines = {
         "network": network.model,
         "images": told,
@@ -153,6 +158,24 @@ def plan_text(config: ClassifyConfig) -> str:
         "run folder": config.output.output_dir,
     }
     return "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items())
+
+
+def opened_classifier(config: ClassifyConfig, classes: int) -> Classifier:
+    """The network that the settings name, with a head; raises UserError as `open_classifier` does."""
+    network = config.network
+    return open_classifier(
+        network.model,
+        classes,
+        size_px=network.size_px,
+        normalisation=network.normalisation,
+        keep_head=network.keep_head,
+        seed=config.loop.seed,
+    )
+
+
+def told_model(name: str) -> str:
+    """A network's name without the folders of this machine."""
+    return name if name.startswith(TIMM) else public_name(name)
 
 
 def opened_set(config: ClassifyConfig) -> LabelledSet:
@@ -181,19 +204,11 @@ def labelled_images(config: ClassifyConfig, accelerator) -> tuple[LabelledSet, l
         good, skipped = usable(chosen, data.on_bad_image, accelerator, cache)
         sets.append(good)
         notes += skipped
-    learned = {record.label for record in sets[0]}
-    missing = [name for label, name in enumerate(found.class_names) if label not in learned]
-    if missing:
-        raise UserError(f"max_train_samples: {len(sets[0])} images leave none of {missing[0]!r}")
+    had, learned = ({record.label for record in records} for records in (found.train, sets[0]))
+    lost = [found.class_names[label] for label in sorted(had - learned)]
+    if lost:
+        raise UserError(f"max_train_samples or on_bad_image: {len(sets[0])} images are left, none of {lost[0]!r}")
     return LabelledSet(*sets, found.class_names), notes
-
-
-def some_of(records: Sequence[ImageRecord], most: int | None, seed: str) -> list[ImageRecord]:
-    """At most so many, drawn by a seed, in their order."""
-    if most is None or most >= len(records):
-        return list(records)
-    places = sorted(random.Random(seed).sample(range(len(records)), most))
-    return [records[place] for place in places]
 
 
 def labels(records: Sequence[ImageRecord]) -> list[int]:
