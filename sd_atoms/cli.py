@@ -93,6 +93,8 @@ def _start(command: str, words: list[str], program: str) -> None:
             module.run(_settings(parser, settings, words, command in CONFIGURED))
     except Interrupted as stop:
         again = shlex.join([*program.split(), *(word for word in words if word != "--overwrite")])
+        if command == "classify train" and not any(word.startswith("--resume_from") for word in words):
+            again += " --resume_from_checkpoint latest"
         if command == "train":
             launched = shlex.join(["--config", f"{stop.run}/config.yaml"])
             again = f"accelerate launch train_dreambooth_atoms.py {launched} --resume_from_checkpoint latest"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from sd_atoms.classify.models import NORMALISATIONS
 from sd_atoms.errors import UserError
 from sd_atoms.methods import Method
-from sd_atoms.methods.registry import check_settings
+from sd_atoms.methods.registry import all_methods, check_settings
 from sd_atoms.methods.table import METHODS
 from sd_atoms.settings import section, setting, unmet_needs
 from sd_atoms.training.config import (
@@ -92,7 +92,12 @@ class ClassMethodSettings(MethodSettings):
 
     def chosen(self) -> Method:
         """The method; raises UserError as the original does."""
-        return HEAD_ALONE if self.method == HEAD and self.peft_config is None else super().chosen()
+        if self.peft_config is not None:
+            return super().chosen()
+        offered = [name for name in all_methods() if name not in NOT_OFFERED]
+        if self.method != HEAD and self.method not in offered:
+            raise UserError(f"method={self.method!r}: one of {HEAD}, {', '.join(offered)} is allowed")
+        return HEAD_ALONE if self.method == HEAD else super().chosen()
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,6 @@ class ClassifyConfig:
 
     def __post_init__(self):
         problems, method = [], self.method.chosen()
-        if method.name in NOT_OFFERED:
-            problems.append(f"method={method.name} is of Stable Diffusion alone")
         given = self.method.given()
         problems += (
             [f"{name}: method head has no settings" for name in given]
@@ -191,9 +194,13 @@ class ClassifyConfig:
 class TestedSettings:
     """Labelled images that trained classifiers are tried on."""
 
-    data: str = setting(None, TESTED, "labelled images, as for `classify train`; its test images count", required=True)
+    data: str | None = setting(None, TESTED, "labelled images, as for `classify train`; its test images count")
     dataset_dir: str | None = setting(None, TESTED, "the images of vtab:TASK: a folder, or an id for `datasets`")
-    test_data: str | None = setting(None, TESTED, "folder of classes or CSV file to test on; none = as `data` has it")
+    test_data: str | None = setting(
+        None,
+        TESTED,
+        "folder of classes or CSV file, all of which counts, in the place of `data` or of its test images",
+    )
     test_share: float | None = setting(
         None, TESTED, "of each class, where there are no test images; none = as in training", low=0.01, high=0.9
     )

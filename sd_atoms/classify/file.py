@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_atoms.classify.config import TestedSettings
-from sd_atoms.classify.images import LabelledSet, open_set
+from sd_atoms.classify.images import LabelledSet, open_set, tested_alone
 from sd_atoms.classify.models import Classifier, Preprocessing, open_classifier
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing
@@ -96,6 +96,8 @@ def read_classifier(path: str | Path) -> ClassifierFile:
     """
     path = Path(path).expanduser()
     path = path / NAME if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a run folder of `classify train`, or the file in it, is needed")
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth, .ckpt) can run code")
     try:
@@ -153,7 +155,12 @@ def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classif
         UserError: the file or the network cannot be opened, or they do not fit; one line.
     """
     file = read_classifier(path)
-    classifier = open_classifier(model or file.model, len(file.class_names), size_px=file.preprocessing.size_px)
+    try:
+        classifier = open_classifier(model or file.model, len(file.class_names), size_px=file.preprocessing.size_px)
+    except UserError as error:
+        if model is not None:
+            raise
+        raise UserError(f"{path}: its network cannot be opened; --model says where it is ({error})") from error
     classifier.preprocessing = file.preprocessing
     put_in(str(path), classifier, file)
     return classifier.eval(), file
@@ -197,6 +204,10 @@ def open_tests(tested: TestedSettings, files: Sequence[ClassifierFile]) -> Label
     Raises:
         UserError: as `open_set`, or they kept different ones and the settings do not say which.
     """
+    if tested.data is None:
+        if tested.test_data is None:
+            raise UserError("data or test_data is required: labelled images")
+        return LabelledSet([], *tested_alone(tested.test_data, files[0].class_names))
     kept = {}
     for name, usual in (("test_share", 0.2), ("seed", 0)):
         told = {file.training.get(name, usual) for file in files}

@@ -94,10 +94,23 @@ def open_set(
                 "from their trainings; say which"
             )
         train, test = _split(train, test_share, seed)
+    learned = {Path(record.name).resolve() for record in train}
+    both = [record.name for record in test if Path(record.name).resolve() in learned]
+    if both:
+        raise UserError(f"{len(both)} images to test on are also among those to learn from, such as {both[0]}")
     missing = sorted(set(range(len(names))) - {record.label for record in train})
     if missing:
         raise UserError(f"{data}: no image to learn {names[missing[0]]!r} from")
     return LabelledSet(train, test, names)
+
+
+def tested_alone(place: str, names: tuple[str, ...]) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    """The images of a folder of classes or a CSV file, by what a classifier calls its classes.
+
+    Raises:
+        UserError: there are none, everything that is wrong with them, or a class that it does not know.
+    """
+    return _tested(place, names)
 
 
 def _refuse_test_data(data: str, test_data: str | None) -> None:
@@ -111,7 +124,7 @@ def _tested(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[Imag
     place = Path(place).expanduser()
     if not place.exists():
         raise UserError(f"test_data: {place}: no such file or folder")
-    found, own = _listed(place) if place.is_file() else _class_folders(place)
+    found, own = _listed(place, 1) if place.is_file() else _class_folders(place, 1)
     unknown = [name for name in own if name not in names]
     if unknown:
         raise UserError(
@@ -121,12 +134,12 @@ def _tested(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[Imag
     return [replace(record, label=names.index(own[record.label])) for record in found], names
 
 
-def _class_folders(place: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
+def _class_folders(place: Path, least: int = 2) -> tuple[list[ImageRecord], tuple[str, ...]]:
     """A folder per class, labels in the order of their names (ImageNet's synsets come in theirs)."""
     folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"{place}: holds no folders of classes; expected {LAYOUTS}")
-    if len(folders) < 2:
+    if len(folders) < least:
         raise UserError(f"{place}: has one class, {folders[0].name}; two are needed to tell apart")
     found, empty = [], []
     for label, folder in enumerate(folders):
@@ -138,7 +151,7 @@ def _class_folders(place: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
     return found, tuple(folder.name for folder in folders)
 
 
-def _listed(path: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
+def _listed(path: Path, least: int = 2) -> tuple[list[ImageRecord], tuple[str, ...]]:
     """A file of `path,label` lines with that heading, or of any two columns without one; paths count from there."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -157,15 +170,16 @@ def _listed(path: Path) -> tuple[list[ImageRecord], tuple[str, ...]]:
             continue
         image, label = (row[column].strip() for column in columns)
         if not (path.parent / image).is_file():
-            problems.append(f"{path}, line {line}: {image} is missing")
+            heading = "; a heading would say path,label" * (line == rows[0][0])
+            problems.append(f"{path}, line {line}: {image} is missing{heading}")
         elif image in lines:  # it could be learned and tested on at once
             problems.append(f"{path}, line {line}: {image} is on line {lines[image]} already")
         lines[image] = line
         entries.append((image, label))
     refuse(problems[:MOST_TOLD], f"{path}: {len(problems)} of {len(rows)} lines cannot be used:")
     names = sorted({label for _, label in entries}, key=natural_key)
-    if len(names) < 2:
-        raise UserError(f"{path}: has {len(names)} classes; two are needed to tell apart")
+    if len(names) < least:
+        raise UserError(f"{path}: has {len(names)} classes; {least} or more are needed")
     known = {name: label for label, name in enumerate(names)}
     return [replace(image_record(path.parent / image), label=known[label]) for image, label in entries], tuple(names)
 

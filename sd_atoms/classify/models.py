@@ -144,10 +144,16 @@ def _of_transformers(name: str, keep_head: bool) -> tuple[nn.Module, str, Prepro
         model, found = AutoModelForImageClassification.from_pretrained(
             source, use_safetensors=True, output_loading_info=True
         )
-        own = _preprocessing(AutoImageProcessor.from_pretrained(source, backend="pil"))
     except Exception as error:  # the libraries raise whatever they trip over
         raise UserError(
             f"model: {name!r} cannot be opened as an image classifier of transformers ({one_line(error)})"
+        ) from error
+    try:
+        own = _preprocessing(AutoImageProcessor.from_pretrained(source, backend="pil"))
+    except Exception as error:  # likewise
+        raise UserError(
+            f"model: {name!r} says not how images are made ready: its preprocessor_config.json, as "
+            f"AutoImageProcessor writes it, is missing or another kind ({one_line(error)})"
         ) from error
     head = _last_linear(model)
     missing = [key for key in found["missing_keys"] if not key.startswith(head)]

@@ -41,7 +41,8 @@ def adapt(classifier: Classifier, config: ClassifyConfig) -> ClassifyConfig:
         UserError: the method cannot take these layers, or no size comes near the budget.
     """
     method = config.method.chosen()
-    target = config.method.target or TARGETS.get(method.name, method.default_target)
+    usual = "conv+linear" if config.method.kc else TARGETS.get(method.name, method.default_target)
+    target = config.method.target or usual
     left_open = {name: rate for name, rate in config.usual_rates().items() if getattr(config.optimiser, name) is None}
     config = replaced(config, target=target, **left_open)
     if method is HEAD_ALONE:
@@ -97,7 +98,7 @@ def target_layers(classifier: Classifier, target: str | None, method: str) -> li
     if method in OWN:
         found = [name for name in found if parameters_of(classifier.network.get_submodule(name), OWN[method])]
     if not found:
-        raise UserError(f"target={target}: the network has no such layer besides its head")
+        raise UserError(f"target={target}: the network has no such layer besides its head; --target chooses others")
     return found
 
 

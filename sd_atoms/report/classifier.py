@@ -78,7 +78,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     known = sorted(
         ((share, name) for name, share in scores["by_class"].items() if share is not None), key=lambda pair: pair[0]
     )
-    worst = ", ".join(f"{name} {share:.0%}" for share, name in known[:WORST])
+    worst = "; ".join(f"{name} {share:.0%}" for share, name in known[:WORST] if share < 1) or "none"
     return (
         f"{accuracy['value']:.1%} of {accuracy['n']:,} test images right{interval}; by the commonest class alone "
         f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}."
@@ -135,7 +135,11 @@ def rows_markdown(title: str, rows: Sequence[ClassifierRow], failed: Mapping[str
         for row in rows
     ]  # fmt: skip
     best = max(rows, key=lambda row: row.test[0])
-    parts = [f"# {escaped(title)}", f"{escaped(best.method)} has the highest test accuracy, {share_text(best.test)}."]
+    first = f"{escaped(best.method)} has the highest test accuracy, {share_text(best.test)}"
+    if best.test[1] is not None:
+        near = [escaped(row.method) for row in rows if row is not best and row.test[0] >= best.test[1]]
+        first += f"; its interval takes in {', '.join(near)}" if near else "; its interval takes in no other"
+    parts = [f"# {escaped(title)}", f"{first}."]
     parts.append(table(header, cells, right=[False, *[True] * (len(header) - 1)]))
     parts.append(
         "Accuracies in percent; ± is half an interval of 95 %, the wider one of two: over images, and over seeds. "

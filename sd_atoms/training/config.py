@@ -131,7 +131,7 @@ class MethodSettings:
     target: str | None = setting(
         None,
         ADAPTER,
-        f"layers to adapt: {', '.join(TARGET_SETS)}, or a regular expression over their names; none = the method's own",
+        f"layers to adapt: {', '.join(TARGET_SETS)}, or a regular expression over names; none = the method's own",
     )
     form: str = setting("auto", ADAPTER, "how an adapted convolution is computed; all give the same", choices=FORMS)
 

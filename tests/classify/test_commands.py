@@ -12,6 +12,7 @@ from small import coloured, write_classes, write_model
 
 from sd_atoms.classify.file import NAME
 from sd_atoms.cli import main
+from sd_atoms.training.interrupt import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,45 @@ def test_images_are_told(place, trained, tmp_path, capsys):
     assert "no such file or folder" in capsys.readouterr().err
 
 
+def test_images_of_a_list_alone_are_all_tested(place, trained, tmp_path, capsys):
+    coloured("red", 77).save(tmp_path / "a.png")
+    (tmp_path / "new.csv").write_text("path,label\na.png,red\n")
+    own = ["classify", "evaluate", f"--classifier={trained}", f"--model={place / 'model'}"]
+    assert main([*own, f"--test_data={tmp_path / 'new.csv'}"]) == 0
+    assert "of 1 test images right" in capsys.readouterr().out
+    (tmp_path / "new.csv").write_text("path,label\na.png,penguin\n")
+    for words_, message in (
+        ([f"--test_data={tmp_path / 'new.csv'}"], "class 'penguin' is not among those learned"),
+        ([], "data or test_data is required"),
+        ([f"--data={place / 'set'}", f"--confusion={tmp_path / 'c.jpg'}"], "ends in .png"),
+    ):
+        assert main([*own, *words_]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_it_was_trained_with_is_said_where_it_is_missing(place, trained, tmp_path, capsys):
+    coloured("red", 77).save(tmp_path / "a.png")
+    for run, message in ((trained, "--model says where it is"), (tmp_path / "nowhere.safetensors", "no such file")):
+        assert main(["classify", "predict", f"--classifier={run}", str(tmp_path / "a.png")]) == 2
+        assert message in capsys.readouterr().err
+    out = tmp_path / "told.json"
+    own = ["classify", "predict", f"--classifier={trained}", f"--model={place / 'model'}", str(tmp_path / "a.png")]
+    assert main([*own, f"--out={out}"]) == 0
+    assert json.loads(out.read_text())[0]["classes"][0]["class"] == "red"
+
+
+def test_a_stopped_training_names_the_command_that_goes_on(place, tmp_path, capsys, monkeypatch):
+    def stop(config):
+        raise Interrupted(7, tmp_path, 2)
+
+    monkeypatch.setattr("sd_atoms.commands.classify.train.run", stop)
+    with pytest.raises(SystemExit):
+        main(words(place, tmp_path / "run"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.strip().startswith("sd-atoms classify train")
+    assert last.endswith("--resume_from_checkpoint latest")
+
+
 def test_a_dry_run_says_what_it_can(place, tmp_path, capsys):
     assert main([*words(place, tmp_path / "run"), "--dry_run"]) == 0
     told = capsys.readouterr().out
@@ -106,13 +146,18 @@ def test_a_dry_run_says_what_it_can(place, tmp_path, capsys):
         told = capsys.readouterr().out
         assert "epochs" in told
         assert "not here" in told
+    (tmp_path / "set" / "red").mkdir(parents=True)
+    for wrong in ({"data": tmp_path / "set"}, {"target": "nowhere"}):  # they are here
+        assert main([*words(place, tmp_path / "run", **wrong), "--dry_run"]) == 2
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "difffit"}, "of Stable Diffusion alone"),
+        ({"method": "difffit"}, "method='difffit': one of head, atoms, "),
+        ({"method": "head", "learning_rate": 1e-2}, "there is head_learning_rate"),
+        ({"dataset_dir": "."}, "has its own images"),
         ({"method": "head", "rank": 4}, "method head has no settings"),
         ({"method": "lora", "m": 4}, "m"),
         ({"keep_head": "SWITCH"}, "has 7 classes, the data 3"),

@@ -52,7 +52,9 @@ def test_a_csv_file(tmp_path):
     assert_right(open_set(str(tmp_path / "a.csv"), test_share=0.3).train, 6)
     turned = [f"{label},x,{path}" for path, _, label in (row.partition(",") for row in rows)]
     (tmp_path / "b.csv").write_text("label,other,path\r\n" + "\r\n".join(turned))
-    found = open_set(str(tmp_path / "b.csv"), test_data=str(tmp_path / "a.csv"))
+    write_classes(tmp_path / "others", 3)
+    (tmp_path / "c.csv").write_text("\n".join(rows).replace("images/", "others/"))
+    found = open_set(str(tmp_path / "b.csv"), test_data=str(tmp_path / "c.csv"))
     assert_right(found.train, 9)
     assert_right(found.test, 9)
 
@@ -161,8 +163,17 @@ def test_what_cannot_be_learned_from_is_said(tmp_path, make, message):
         open_set(str(make(tmp_path / "x")))
 
 
+def test_an_image_is_not_learned_and_tested_on(tmp_path):
+    for number in range(3):
+        coloured("red", number).save(tmp_path / f"{number}.png")
+    (tmp_path / "train.csv").write_text("0.png,red\n1.png,blue\n")
+    (tmp_path / "test.csv").write_text("2.png,red\n1.png,blue\n")
+    with pytest.raises(UserError, match="1 images to test on are also among those to learn from, such as .*1.png"):
+        open_set(str(tmp_path / "train.csv"), test_data=str(tmp_path / "test.csv"))
+
+
 def test_some_of_many_are_the_same_ones_each_time():
-    from sd_atoms.commands.classify.train import some_of
+    from sd_atoms.classify.images import some_of
 
     records = list(range(100))
     random.seed(1)

@@ -96,7 +96,8 @@ def test_atoms_go_to_every_convolution_with_a_kernel_above_one_and_lora_to_the_d
 
 
 def test_block_atoms_go_to_linear_and_pointwise_layers_too(models):
-    classifier, _ = adapted(models["convnext"], "atoms", kc=4, target="conv+linear")
+    classifier, config = adapted(models["convnext"], "atoms", kc=4)
+    assert config.method.target == "conv+linear"
     names = [name for name, p in classifier.network.named_parameters() if p.requires_grad]
     assert any("pwconv1" in name and "atoms_block_delta" in name for name in names)
     assert any("dwconv" in name and "atoms_delta" in name for name in names)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sd_atoms.commands.classify.train import opened_set
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
 from sd_atoms.jobs.classifiers import (
@@ -95,11 +96,14 @@ def compare(
             loop = own.config.loop
             length = f"{loop.num_train_epochs} epochs" if loop.num_train_epochs else f"{loop.max_train_steps} steps"
             print(f"{own.name}: {length}")
+        print(f"{len(plan.runs)} runs")
         return
     if queue.status:
         print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
     check_folder(plan.runs)
+    if not plan.tasks:
+        opened_set(plan.runs[0].config)  # what is wrong with the images is said once, before any run
     failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
     if with_report:
         # of all methods of the file, those that another call has done too

@@ -8,6 +8,7 @@ from sd_atoms.classify.file import load_classifier, open_tests
 from sd_atoms.classify.images import labels_among
 from sd_atoms.classify.scores import logits_of, scores_of
 from sd_atoms.data.checked import usable
+from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.machine import make_accelerator
 from sd_atoms.report.classifier import confusion_figure, scores_text
@@ -35,6 +36,8 @@ def run(settings: Settings) -> None:
         UserError: the classifier or the images cannot be used, or do not fit each other.
     """
     check_outputs(settings.overwrite, json=settings.json, confusion=settings.confusion)
+    if settings.confusion and Path(settings.confusion).suffix.lower() != ".png":
+        raise UserError(f"confusion: {settings.confusion}: a name that ends in .png is allowed")
     classifier, file = load_classifier(settings.classifier, settings.model)
     found = open_tests(settings.tested, [file])
     accelerator = make_accelerator()

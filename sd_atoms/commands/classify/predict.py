@@ -28,7 +28,9 @@ class PredictSettings:
     classifier: str = setting(None, WHAT, "a run folder of `classify train`, or its file", required=True)
     model: str | None = setting(None, WHAT, "where the pretrained network is; none = as the file says")
     top: int = setting(1, HOW, "how many classes of each image", low=1)
-    format: str = setting("csv", HOW, "of what is told", choices=("csv", "json"))
+    format: str | None = setting(
+        None, HOW, "of what is told; none = json where out ends so, else csv", choices=("csv", "json")
+    )
     out: str | None = setting(None, HOW, "a file for it; none = the terminal")
     overwrite: bool = setting(False, HOW, "replace that file where it exists")
 
@@ -62,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if not accelerator.is_main_process:
         return
-    text = as_json(paths, told) if settings.format == "json" else as_csv(paths, told)
+    suffix = Path(settings.out or "").suffix.lower()
+    json_wanted = settings.format == "json" or (settings.format is None and suffix == ".json")
+    text = as_json(paths, told) if json_wanted else as_csv(paths, told)
     if settings.out:
         write_text(Path(settings.out), text)
     else:

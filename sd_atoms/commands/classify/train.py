@@ -120,7 +120,11 @@ def run(config: ClassifyConfig) -> Path:
 
 
 def plan_text(config: ClassifyConfig) -> str:
-    """What a run would do, as far as its network and images are here."""
+    """What a run would do, as far as its network and images are here.
+
+    Raises:
+        UserError: they are, and cannot be used.
+    """
     method, loop, network = config.method.chosen(), config.loop, config.network
     images, classes = None, None
     try:
@@ -133,14 +137,19 @@ def plan_text(config: ClassifyConfig) -> str:
         classes = len(found.class_names)
         told = f"{images:,} to learn from, {tests:,} to test on, {classes} classes"
     except UserError as error:
+        if Path(config.data.data).expanduser().exists() or config.data.dataset_dir:
+            raise  # they are here, and wrong
         told = f"not here: {error}"
     try:
         classifier = opened_classifier(config, classes or 2)
+    except UserError as error:
+        if Path(network.model).expanduser().exists():
+            raise
+        classifier, of = None, f"not known: {error}"
+    if classifier is not None:
         config = adapt(classifier, config)
         trained, of_head = trained_counts(classifier)
         of = f"{trained:,} parameters, {of_head:,} of the head" + ("" if classes else " if there were two classes")
-    except UserError as error:
-        of = f"not known: {error}"
     per_step = loop.train_batch_size * loop.gradient_accumulation_steps
     length = f"{loop.max_train_steps:,} steps" if loop.num_train_epochs is None else f"{loop.num_train_epochs} epochs"
     if images and loop.num_train_epochs is not None:
