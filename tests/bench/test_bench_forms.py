@@ -1,0 +1,35 @@
+"""`bench forms`: every shape in every form."""
+
+import json
+
+from tiny_unet import TINY
+
+from sd_atoms.bench import forms
+from sd_atoms.cli import main
+from sd_atoms.pipeline.architectures import build_unet
+from sd_atoms.tuner import named_targets
+
+
+def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
+    file = tmp_path / "forms.json"
+    printed = bench("forms", "--resolution", "32", "--rounds", "1", "--json", str(file))
+    result = json.loads(file.read_text())
+    assert sum(layer["count"] for layer in result["layers"]) == len(named_targets(build_unet(TINY, "meta"), "conv3x3"))
+    total = result["seconds_total"]
+    assert total["best of each"] <= min(total["auto"], total["weight"], total["activation"])
+    assert f"{total['floor']:.2f}" in printed
+    assert result["best_reach"]["seconds"] >= total["best of each"]
+
+
+def test_best_reach_is_where_the_forms_cross():
+    def layer(positions_per_channel, weight, activation):
+        seconds = {"floor": 1.0, "weight": weight, "activation": activation}
+        return dict(count=2, positions_per_channel=positions_per_channel, beyond_reach="weight", seconds=seconds)
+
+    layers = [layer(4.0, 1.0, 3.0), layer(0.5, 3.0, 1.0), layer(1.5, 2.0, 1.5)]
+    assert forms.best_reach(layers) == {"from": 1.5, "below": 4.0, "seconds": 2 * (1.0 + 1.0 + 1.5)}
+
+
+def test_a_resolution_that_latents_do_not_fit_is_refused(capsys):
+    assert main(["bench", "forms", "--resolution", "100"]) == 2
+    assert "--resolution 100: a multiple of 8" in capsys.readouterr().err
