@@ -18,14 +18,16 @@ CLASSIFIERS = {
 CLASSES = 1000
 
 
-def build_classifier(config: dict, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Classifier:
-    """A classifier of 1,000 classes with seeded random weights, its head frozen too."""
+def build_classifier(
+    config: dict, size_px: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Classifier:
+    """A classifier of 1,000 classes with seeded random weights, its head frozen too, for images of `size_px`."""
     torch.manual_seed(seed)
     options = {name: value for name, value in config.items() if name != "model_type"}
     made = AutoConfig.for_model(config["model_type"], num_labels=CLASSES, **options)
     network = AutoModelForImageClassification.from_config(made, dtype=dtype).to(device)
     head = next(name for name, layer in reversed(list(network.named_modules())) if type(layer) is nn.Linear)
-    return Classifier(network.requires_grad_(False), head, Preprocessing(size_px=224)).eval()
+    return Classifier(network.requires_grad_(False), head, Preprocessing(size_px)).eval()
 
 
 def attach_to_classifier(classifier: Classifier, method: str) -> list[nn.Parameter]:

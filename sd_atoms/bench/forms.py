@@ -54,7 +54,7 @@ def bench_forms(
         )
     settings = {
         "arch": arch,
-        "resolution": resolution_px,
+        "resolution_px": resolution_px,
         "batch_size": batch_size,
         "rounds": rounds,
         "dtype": dtype,
@@ -131,7 +131,7 @@ def best_reach(layers: list[dict]) -> dict[str, float | None]:
 def forms_text(result: dict) -> str:
     """The result of `bench_forms` as a table, totals and the best constant."""
     settings = result["settings"]
-    header = ["i→o @ output", "count", "pos./o", "floor ms", *FIXED_FORMS, "auto"]
+    header = ["i→o @ input", "count", "pos./o", "floor ms", *FIXED_FORMS, "auto"]
     rows = []
     for layer in sorted(result["layers"], key=lambda layer: layer["positions_per_channel"]):
         floor = layer["seconds"]["floor"]
@@ -152,7 +152,7 @@ def forms_text(result: dict) -> str:
     bound = "any number" if best["below"] is None else f"{best['below']:.3g}"
     return "\n".join(
         [
-            f"{settings['arch']} UNet, {settings['resolution']} px, batch {settings['batch_size']}, "
+            f"{settings['arch']} UNet, {settings['resolution_px']} px, batch {settings['batch_size']}, "
             f"{settings['dtype']}, {settings['rounds']} rounds; {describe(result['machine'])}",
             text_table(header, rows),
             "",

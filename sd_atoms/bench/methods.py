@@ -41,15 +41,23 @@ def settings_of(method: str) -> dict:
     """The settings in "atoms:m=9:m1=4".
 
     Raises:
-        UserError: one is unknown or out of range.
+        UserError: one is unknown, not the method's or out of range.
     """
+    method_name, *texts = method.split(":")
     settings = {}
-    for text in method.split(":")[1:]:
+    for text in texts:
         name, _, value = text.partition("=")
         try:
             settings[name] = coerced(MethodSettings, name, {"true": True, "false": False}.get(value.lower(), value))
         except ValueError as error:
             raise UserError(f"--methods: {method}: {name}: {error}") from error
+    allowed = ()
+    if method_name not in OTHERS:
+        chosen = get_method(method_name)
+        allowed = (*chosen.settings, *["target"] * (chosen.default_target is not None))
+    foreign = [name for name in settings if name not in allowed]
+    if foreign:
+        raise UserError(f"--methods: {method}: {foreign[0]}: {method_name} has {', '.join(allowed) or 'no settings'}")
     return settings
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sd_atoms.bench.architectures import step_inputs
+from sd_atoms.bench.architectures import LATENT_PX, step_inputs
 from sd_atoms.bench.measuring import check_device, describe, machine_info, now_seconds
 from sd_atoms.bench.methods import attach
 from sd_atoms.bench.table import ratio_text
@@ -20,7 +20,6 @@ from sd_atoms.report.table import text_table
 
 SWAPS_PER_ROUND = 5
 CHANGE = 0.02  # standard deviation of every trained number: the adapters must have an effect
-VAE_FACTOR = 8
 
 MEASURES = (
     "Calls of the UNet on two latents, as a picture with guidance asks for at every step; the text encoder and the "
@@ -47,7 +46,7 @@ def bench_serve(
     check_device(device)
     torch.set_num_threads(threads)
     config = unet_config(arch)
-    resolution_px = resolution_px or config["sample_size"] * VAE_FACTOR
+    resolution_px = resolution_px or config["sample_size"] * LATENT_PX
     inputs = step_inputs(config, 2, resolution_px, device, DTYPES[dtype])
     base = build_unet(config, device, DTYPES[dtype]).eval().requires_grad_(False)
     atoms, lora = (_adapted(base, config, method) for method in ("atoms", "locon:rank=16"))

@@ -52,7 +52,7 @@ def bench_step(
         latent_size(resolution_px)
     job = {
         "config": CLASSIFIERS[arch] if arch in CLASSIFIERS else unet_config(arch),
-        "resolution": resolution_px,
+        "resolution_px": resolution_px,
         "batch_size": batch_size,
         "steps": steps,
         "threads": threads,
@@ -144,7 +144,7 @@ def step_text(result: dict) -> str:
     """The result of `bench_step` as a table with a head line."""
     settings = result["settings"]
     head = (
-        f"{settings['arch']}, {settings['resolution']} px, batch {settings['batch_size']}, {settings['dtype']}, "
+        f"{settings['arch']}, {settings['resolution_px']} px, batch {settings['batch_size']}, {settings['dtype']}, "
         f"{settings['rounds']} rounds of {settings['steps']} steps; {describe(result['machine'])}"
     )
     header = ["method", "s/step", "min – max", "to floor", "peak GB", "to floor", "trained numbers"]

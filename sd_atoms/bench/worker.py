@@ -24,7 +24,7 @@ def measure(job: dict) -> dict:
     """Forward and backward passes of one method.
 
     Args:
-        job: config (of a UNet; or of a classifier, with model_type), method, resolution (pixels), batch_size, steps,
+        job: config (of a UNet; or of a classifier, with model_type), method, resolution_px, batch_size, steps,
             threads, device ("cpu" or "cuda"), dtype.
 
     Returns:
@@ -32,9 +32,9 @@ def measure(job: dict) -> dict:
     """
     torch.set_num_threads(job["threads"])
     device, dtype = job["device"], DTYPES[job["dtype"]]
-    sizes = (job["batch_size"], job["resolution"], device, dtype)
+    sizes = (job["batch_size"], job["resolution_px"], device, dtype)
     if "model_type" in job["config"]:
-        network = build_classifier(job["config"], device, dtype)
+        network = build_classifier(job["config"], job["resolution_px"], device, dtype)
         trained, inputs = attach_to_classifier(network, job["method"]), classifier_inputs(*sizes)
     else:
         network = build_unet(job["config"], device, dtype)

@@ -207,9 +207,9 @@ def _new_head(features: int, classes: int, seed: int) -> nn.Linear:
 @torch.no_grad()
 def try_out(classifier: Classifier, what: str) -> None:
     """One image of zeros through the network; raises UserError, which begins with `what`, if it cannot take it."""
-    side = classifier.preprocessing.size_px
+    side, weight = classifier.preprocessing.size_px, classifier.head.weight
     try:
-        logits = classifier(torch.zeros(1, 3, side, side))
+        logits = classifier(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
     except RuntimeError as error:
         raise UserError(f"{what} cannot take images of {side} px ({str(error).splitlines()[0]})") from error
     if logits.shape != (1, classifier.head.out_features):

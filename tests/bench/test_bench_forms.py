@@ -18,6 +18,11 @@ def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
     total = result["seconds_total"]
     assert total["best of each"] <= min(total["auto"], total["weight"], total["activation"])
     assert f"{total['floor']:.2f}" in printed
+    assert result["settings"]["resolution_px"] == 32
+    assert printed.splitlines()[1].startswith("i→o @ input ")
+    for layer in result["layers"]:
+        height, width = layer["input_size"]
+        assert f"{layer['in_channels']}→{layer['out_channels']} @ {height}×{width} " in printed
     assert result["best_reach"]["seconds"] >= total["best of each"]
 
 

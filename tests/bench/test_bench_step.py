@@ -19,7 +19,7 @@ from sd_atoms.tuner import named_targets
 
 
 def measure(method, **changes):
-    job = dict(method=method, resolution=32, batch_size=2, steps=2, threads=1, device="cpu", dtype="fp32")
+    job = dict(method=method, resolution_px=32, batch_size=2, steps=2, threads=1, device="cpu", dtype="fp32")
     return worker.measure({"config": TINY, **job, **changes})
 
 
@@ -48,6 +48,7 @@ def test_step_compares_methods_and_a_failing_one_fails_alone(bench, monkeypatch,
     assert "SIGKILL" in entries["naive"]["failure"]
     assert entries["locon:rank=2"]["failure"] == "RuntimeError: no memory left on the card"
     assert "locon:rank=2 failed: RuntimeError: no memory left on the card" in printed
+    assert result["settings"]["resolution_px"] == 32
     assert result["machine"]["threads"] == 1
     assert result["machine"]["torch"] == torch.__version__
 
@@ -63,34 +64,46 @@ def test_every_method_takes_its_steps(method):
 
 # PEFT's OFT cannot take ConvNeXt's channels-last Linear layers, and ResNet has none besides the head
 CLASSIFIER_METHODS = [*OTHERS, *(name for name in all_methods() if name not in (*NOT_OFFERED, "oft"))]
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
 
 @pytest.mark.parametrize(
     "config",
-    [
-        {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
-        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
-    ],
+    [{"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, RESNET],
     ids=lambda config: config["model_type"],
 )
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", CLASSIFIER_METHODS)
-def test_every_method_takes_its_steps_in_a_classifier(method, config):
-    result = measure(method, config=config)
+def test_every_method_takes_its_steps_in_a_classifier(method, dtype, config):
+    result = measure(method, config=config, dtype=dtype)
     assert min(result["seconds"]) > 0
     assert (result["trainable_numbers"] == 0) == (method == "floor")
+
+
+def test_a_classifier_takes_no_images_but_those_of_its_steps_size(monkeypatch):
+    """The trial of an adapted network, one image, is no larger than what is measured."""
+    shapes, build = [], worker.build_classifier
+
+    def watched(*arguments):
+        classifier = build(*arguments)
+        classifier.network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+        return classifier
+
+    monkeypatch.setattr(worker, "build_classifier", watched)
+    measure("atoms", config=RESNET, steps=1)
+    assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32), (2, 3, 32, 32)]
 
 
 def test_classifiers_have_the_published_sizes():
     sizes = {"convnext-b": 88_591_464, "resnet50": 25_557_032}
     for arch, size in sizes.items():
         with torch.device("meta"):
-            classifier = build_classifier(CLASSIFIERS[arch], "meta")
+            classifier = build_classifier(CLASSIFIERS[arch], 224, "meta")
         assert sum(parameter.numel() for parameter in classifier.parameters()) == size
 
 
 def test_a_classifier_is_measured_by_the_command(bench, monkeypatch):
-    tiny = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    monkeypatch.setitem(step.CLASSIFIERS, "resnet50", tiny)
+    monkeypatch.setitem(step.CLASSIFIERS, "resnet50", RESNET)
     words = ["--resolution", "36", "--rounds", "1", "--steps", "1", "--methods", "floor,atoms"]
     printed = bench("step", "--arch", "resnet50", *words)
     assert "resnet50, 36 px" in printed
@@ -119,6 +132,11 @@ def test_naive_computes_what_atoms_compute():
     [
         (["--methods", "floor,dora"], "--methods: 'dora' is unknown; floor, naive, atoms"),
         (["--methods", "locon:rank=0"], "locon:rank=0: rank: 0 is out of range"),
+        (["--methods", "locon:m=9"], "locon:m=9: m: locon has rank, alpha, target"),
+        (["--methods", "naive:m=6"], "naive:m=6: m: naive has no settings"),
+        (["--methods", "floor:rank=3"], "floor:rank=3: rank: floor has no settings"),
+        (["--methods", "atoms:method=lora"], "atoms:method=lora: method: atoms has m, m1"),
+        (["--methods", "difffit:target=conv"], "difffit:target=conv: target: difffit has no settings"),
         (["--methods", "floor,floor"], "--methods: 'floor' comes twice"),
         (["--resolution", "100"], "--resolution 100: a multiple of 8"),
     ],

@@ -13,7 +13,7 @@ class Settings:
 
     channels: int = setting(1280, WHAT, "in and out", low=1)
     m: int = setting(9, WHAT, "atoms", low=1)
-    l1: float = setting(1e-3, WHAT, "weight of the L1 penalty")
+    l1: float = setting(1e-3, WHAT, "weight of the L1 penalty", low=0.0)
     timing: Timing = section(Timing)
 
 
