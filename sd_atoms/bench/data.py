@@ -3,6 +3,8 @@
 The pictures are of the pocket world, and the base is `pocket`: small, so that what is not the network shows.
 """
 
+import contextlib
+import os
 import random
 import shutil
 import subprocess
@@ -10,18 +12,19 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from sd_atoms.bench.measuring import describe, machine_info
+from sd_atoms.bench.measuring import describe, machine_info, process_environment
 from sd_atoms.data.checked import usable
 from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import read_image, to_tensor
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
-from sd_atoms.machine import peak_bytes, read_ahead
+from sd_atoms.machine import GIVEN_CORES, peak_bytes, read_ahead
 from sd_atoms.pipeline import open_base
 from sd_atoms.pocket.world import render, sample
 from sd_atoms.report.table import text_table
@@ -41,24 +44,26 @@ def bench_data(sizes: list[int], threads: int, folder: str | None, check_only: b
 
     Args:
         sizes: numbers of pictures; rendered as needed, 3 ms each.
-        threads: for torch.
+        threads: for torch and for reading, here and in the trainings.
         folder: where the pictures stay for the next time; None for a temporary one.
         check_only: without autoencoder and training.
 
     Raises:
         UserError: a training fails.
     """
+    machine = machine_info("cpu", threads)
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _cores(threads), tempfile.TemporaryDirectory() as scratch:
         place = Path(folder or scratch)
-        few = None if check_only else _train(_pictures(place, FEW), Path(scratch))
+        # every set begins with these pictures, which must not come from the cache
+        few = None if check_only else _train(_pictures(place, FEW), Path(scratch), keep_cache=False)
         sets = []
         for size in sizes:
             found = _check(_pictures(place, size), size, Path(scratch))
             sets.append(
                 found if check_only else found | _encode_and_train(place / f"{size}", found, Path(scratch), few)
             )
-    return {"benchmark": "data", "machine": machine_info("cpu", threads), "train_steps": TRAIN_STEPS, "sets": sets}
+    return {"benchmark": "data", "machine": machine, "train_steps": TRAIN_STEPS, "sets": sets}
 
 
 def data_text(result: dict) -> str:
@@ -97,8 +102,22 @@ def _pictures(place: Path, count: int) -> Path:
     there = {path.name for path in folder.iterdir()}
     for seed in tqdm(range(count), desc=f"Rendering {count:,} pictures", unit="picture", disable=None):
         if f"{seed:06d}.png" not in there:
-            render(sample(random.Random(seed))).save(folder / f"{seed:06d}.png")
+            hidden = folder / f".{seed:06d}.png"  # not `replacing`, whose syncing takes longer than the rendering
+            render(sample(random.Random(seed))).save(hidden)
+            hidden.rename(folder / f"{seed:06d}.png")
     return folder
+
+
+@contextlib.contextmanager
+def _cores(count: int) -> Iterator[None]:
+    """No more than so many are used, by this process and those that it starts."""
+    before = dict(os.environ)
+    os.environ[GIVEN_CORES] = str(count)
+    try:
+        yield
+    finally:
+        os.environ.pop(GIVEN_CORES)
+        os.environ.update(before)
 
 
 def _check(folder: Path, size: int, scratch: Path) -> dict:
@@ -158,7 +177,7 @@ def _train(folder: Path, scratch: Path, keep_cache: bool = True) -> tuple[float,
     command += ["--num_inference_steps", small, "--cache_dir", str(cache), "--report_to", "none"]
     start, first, memory = time.perf_counter(), None, 0
     with open(scratch / "errors", "w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, env=process_environment(), stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             memory = max(memory, peak_bytes("cpu", process.pid))
             log = out / "log.jsonl"

@@ -1,11 +1,13 @@
 """Where a measurement was taken, and the clock and memory gauge it was taken with."""
 
+import os
 import platform
 import time
 from pathlib import Path
 
 import torch
 
+import sd_atoms
 from sd_atoms.errors import UserError
 from sd_atoms.machine import usable_cores
 
@@ -33,6 +35,13 @@ def machine_info(device: str, threads: int) -> dict:
 def describe(info: dict) -> str:
     """One line about the machine, for the head of a table."""
     return f"{info['card'] or info['cpu']}, {info['threads']} of {info['cores']} cores, torch {info['torch']}"
+
+
+def process_environment() -> dict[str, str]:
+    """This process's environment, for one that imports the same `sd_atoms`."""
+    package_parent = str(Path(sd_atoms.__file__).parents[1])
+    search_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search_path}
 
 
 def now_seconds(device: str) -> float:

@@ -59,7 +59,10 @@ def bench_pocket(base: str, judge: str, seeds: int, sampling: Sampling, threads:
     pairs = [picture for pair in zip(*pictures.values(), strict=True) for picture in pair]
     texts = [text for own in captions for text in (own, "the renderer")]
     sheet = labelled_blocks([Block("", pairs, texts)], SHEET_COLUMNS)
-    return {"machine": machine_info("cpu", threads), "base": base, "judge": judge, "match": shares}, sheet
+    drawn = {name: getattr(sampling, name) for name in ("guidance_scale", "num_inference_steps", "scheduler")}
+    settings = {"base": base, "judge": judge, "seeds": seeds, **drawn}
+    result = {"benchmark": "pocket", "settings": settings, "machine": machine_info("cpu", threads), "match": shares}
+    return result, sheet
 
 
 def pocket_text(result: dict) -> str:
@@ -70,7 +73,8 @@ def pocket_text(result: dict) -> str:
         interval = f"{base['low']:.3f} to {base['high']:.3f}"
         rows.append((name, f"{base['value']:.3f}", interval, f"{renderer['value']:.3f}", f"{base['n']}"))
     table = text_table(("match share", "base", "95 %", "renderer", "pictures"), rows)
-    return f"{describe(result['machine'])}\n{result['base']}, judged by {result['judge']}\n{table}"
+    settings = result["settings"]
+    return f"{describe(result['machine'])}\n{settings['base']}, judged by {settings['judge']}\n{table}"
 
 
 def _scene(landmark: str, number: int, seed: int) -> Scene:

@@ -1,7 +1,6 @@
 """`bench step`: what a training step costs per method, against the frozen floor."""
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -11,10 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import sd_atoms
 from sd_atoms.bench.architectures import latent_size
 from sd_atoms.bench.classifiers import CLASSIFIERS
-from sd_atoms.bench.measuring import check_device, describe, machine_info
+from sd_atoms.bench.measuring import check_device, describe, machine_info, process_environment
 from sd_atoms.bench.methods import description
 from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline.architectures import unet_config
@@ -96,13 +94,11 @@ def run_worker(job: dict) -> dict:
     Raises:
         WorkerFailed: the process failed or was killed.
     """
-    package_parent = str(Path(sd_atoms.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         done = subprocess.run(
             worker_command(job, result),
-            env={**os.environ, "PYTHONPATH": search_path},
+            env=process_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

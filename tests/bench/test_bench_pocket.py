@@ -16,7 +16,11 @@ def test_pocket_counts_pictures_whose_best_prompt_is_their_own(bench, monkeypatc
     monkeypatch.setattr(pocket, "generate", lambda pipe, requests, sampling: [(request, grey) for request in requests])
     told = bench("pocket", "--seeds", "2", "--json", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png"))
     assert re.search("castle.*canal.*held_out", told, re.DOTALL)
-    match = json.loads((tmp_path / "a.json").read_text())["match"]
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["benchmark"] == "pocket"
+    own = {"base": "pocket", "judge": "pocket:clip", "seeds": 2, "guidance_scale": 7.5, "num_inference_steps": 25}
+    assert own.items() <= result["settings"].items()
+    match = result["match"]
     for name, share, count in (("castle", 1 / 20, 40), ("canal", 1 / 20, 40), ("held_out", 1 / 40, 40)):
         assert (match[name]["base"]["value"], match[name]["base"]["n"]) == (pytest.approx(share), count)
         assert match[name]["base"]["low"] <= share <= match[name]["base"]["high"]

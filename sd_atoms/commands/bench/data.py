@@ -12,7 +12,7 @@ from sd_atoms.settings import section, setting
 class Settings:
     """Settings of `sd-atoms bench data`."""
 
-    sizes: str = setting("5,1000", WHAT, "comma-separated numbers of pictures")
+    sizes: str = setting("100,1000", WHAT, "comma-separated numbers of pictures")
     check_only: bool = setting(False, WHAT, "without autoencoder and training")
     folder: str | None = setting(None, HOW, "where the rendered pictures stay for the next time; none = nowhere")
     common: Common = section(Common)
