@@ -12,6 +12,7 @@ from sd_atoms.classify.models import Classifier
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.data.images import to_unit
 from sd_atoms.errors import UserError
+from sd_atoms.progress import followed
 
 BLOCK = re.compile(r"(?:.*\.)?(?:stages|blocks|layer)\.?(\d+)")
 ACTIVE = 0.5  # of a map's largest value
@@ -34,7 +35,7 @@ def chosen_block(classifier: Classifier, block: int | None, layer: str | None) -
     """
     if layer is not None:
         names = [name for name, _ in classifier.network.named_modules()]
-        if layer not in names:
+        if not layer or layer not in names:  # "" is the network itself
             raise UserError(f"layer: {layer!r}: the network has none of that name")
         return layer
     blocks = blocks_of(classifier.network)
@@ -45,20 +46,17 @@ def chosen_block(classifier: Classifier, block: int | None, layer: str | None) -
     return blocks[(block or len(blocks)) - 1]
 
 
-def maps_of(
-    classifier: Classifier, images: Sequence[Image.Image], labels: Sequence[int], layer: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def maps_of(classifier: Classifier, images: Sequence[Image.Image], labels: Sequence[int], layer: str) -> torch.Tensor:
     """Grad-CAM of images for their classes.
 
     Args:
         classifier: in eval mode.
         images: RGB, of any size; what is shown is their `centre_crop`.
         labels: the class that is asked about, of each.
-        layer: of the network; what it gives must be (N, c, h, w).
+        layer: of the network; what it gives must be (N, c, h, w), as high as wide to within a pixel.
 
     Returns:
-        Maps (N, h, w) float32 in [0, 1], each divided by its largest value, at the size of the network's input; and
-        what was said, (N,).
+        Maps (N, h, w) float32 in [0, 1], each divided by its largest value, at the size of the network's input.
 
     Raises:
         UserError: captum is not installed, or the layer gives no maps.
@@ -67,20 +65,34 @@ def maps_of(
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise UserError('classify cam needs `pip install "sd-atoms[classify]"`') from error
-    own = classifier.preprocessing
-    device = classifier.head.weight.device
-    pixels = own.normalised(to_unit([centre_crop(image, own) for image in images]).to(device)).requires_grad_(True)
-    module, maps = classifier.network.get_submodule(layer), []
-    attribution = LayerGradCam(classifier, module)
-    for place, label in enumerate(labels):  # one at a time: a batch of 32 at 224 px holds every activation
-        found = attribution.attribute(pixels[place : place + 1], target=int(label), relu_attributions=True)
-        if not isinstance(found, torch.Tensor) or found.dim() != 4:
-            raise UserError(f"layer: {layer} gives {tuple(found.shape)}, no map (N, c, h, w)")
+    own, device, maps = classifier.preprocessing, classifier.head.weight.device, []
+    attribution = LayerGradCam(classifier, classifier.network.get_submodule(layer))
+    # one at a time: a batch of 32 at 224 px holds every activation
+    for image, label in followed(zip(images, labels, strict=True), len(images), "Maps", "image"):
+        pixels = own.normalised(to_unit([centre_crop(image, own)]).to(device)).requires_grad_(True)
+        if not maps:
+            _check_layer(classifier, pixels, layer)
+        found = attribution.attribute(pixels, target=int(label), relu_attributions=True)
         large = F.interpolate(found.detach().float(), pixels.shape[2:], mode="bilinear", align_corners=False)[0, 0]
         maps.append((large / large.max().clamp_min(1e-12)).cpu())
+    return torch.stack(maps)
+
+
+def _check_layer(classifier: Classifier, pixels: torch.Tensor, layer: str) -> None:
+    """Whether a layer gives maps of square images; channels at the end would make others without a word.
+
+    Raises:
+        UserError: it gives something else, or is not asked.
+    """
+    shapes = []
+    module = classifier.network.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(getattr(output, "shape", ()))))
     with torch.no_grad():
-        said = classifier(pixels).argmax(1).cpu()
-    return torch.stack(maps), said
+        classifier(pixels)
+    handle.remove()
+    shape = shapes[-1] if shapes else ()
+    if len(shape) != 4 or abs(shape[2] - shape[3]) > 1:
+        raise UserError(f"layer: {layer} gives {shape or 'no tensor'}, no map (N, c, h, w) of a square image")
 
 
 def active_shares(maps: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import csv
 import io
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from sd_atoms.report.markdown import escaped, table
 
 MOST_NAMED = 40  # classes whose names fit beside a matrix
 WORST = 5
+TITLE_WIDTH = 28  # letters above a picture of a sheet
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
@@ -43,31 +45,32 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
 
 
 def cam_sheet(
-    images: Sequence[np.ndarray], names: Sequence[str], columns: Sequence[tuple[str, Sequence[str], np.ndarray]]
+    names: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str], np.ndarray]]
 ) -> Figure:
-    """Images in rows; beside each what every classifier looks at.
+    """Images in rows, as the first classifier takes them; beside each what every classifier looks at.
 
     Args:
-        images: (h, w, 3) in [0, 1].
-        names: the class of each.
-        columns: of each classifier its title, what it said of each image, and maps (N, h, w) in [0, 1].
+        names: the class of each image.
+        columns: of each classifier its title, the images (h, w, 3) in [0, 1] as it takes them, what it said of each,
+            and maps (N, h, w) in [0, 1].
     """
-    figure = Figure(
-        figsize=(1.7 * (len(columns) + 1), 1.85 * len(images) + 0.3), dpi=130, layout="constrained", facecolor="white"
-    )
+    titles = [textwrap.fill(title, TITLE_WIDTH) for title, *_ in columns]
+    most_lines = max(title.count("\n") for title in titles) + 1
+    height = 1.85 * len(names) + 0.2 + 0.1 * most_lines
+    figure = Figure(figsize=(1.7 * (len(columns) + 1), height), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(images), len(columns) + 1, squeeze=False)
+    grid = figure.subplots(len(names), len(columns) + 1, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, (image, name) in enumerate(zip(images, names, strict=True)):
-        grid[row, 0].imshow(image)
+    for row, name in enumerate(names):
+        grid[row, 0].imshow(columns[0][1][row])
         grid[row, 0].set_title(name, fontsize=7)
-        for column, (title, said, maps) in enumerate(columns, 1):
+        for column, (_, images, said, maps) in enumerate(columns, 1):
             axes = grid[row, column]
-            axes.imshow(image)
+            axes.imshow(images[row])
             axes.imshow(maps[row], cmap="jet", alpha=0.45, vmin=0, vmax=1)
             right = "" if said[row] == name else f"said {said[row]}"
-            axes.set_title(f"{title}\n{right}" if row == 0 else right, fontsize=7)
+            axes.set_title(f"{titles[column - 1]}\n{right}" if row == 0 else right, fontsize=7)
     return figure
 
 

@@ -55,9 +55,8 @@ def test_grad_cam_is_the_weighted_mean_of_the_layers_channels(trained):
     classifier, _ = load_classifier(trained / "atoms", str(trained / "model"))
     layer = blocks_of(classifier.network)[0]
     images = [coloured("red", 50), coloured("blue", 51)]
-    maps, said = maps_of(classifier, images, [2, 0], layer)
+    maps = maps_of(classifier, images, [2, 0], layer)
     assert maps.shape == (2, SIDE, SIDE)
-    assert said.shape == (2,)
 
     from sd_atoms.classify.training import centre_crop
     from sd_atoms.data.images import to_unit
@@ -86,8 +85,9 @@ def test_the_active_region_is_what_is_above_half(trained):
     assert chosen_block(classifier, 1, None).endswith("stages.0")
     with pytest.raises(UserError, match="block: 9: the network has 2"):
         chosen_block(classifier, 9, None)
-    with pytest.raises(UserError, match="none of that name"):
-        chosen_block(classifier, None, "nowhere")
+    for name in ("nowhere", ""):
+        with pytest.raises(UserError, match="none of that name"):
+            chosen_block(classifier, None, name)
 
 
 def test_a_sheet_shows_several_classifiers_on_the_same_images(trained, tmp_path, capsys, monkeypatch):

@@ -8,12 +8,14 @@ from PIL import Image
 from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
 from sd_atoms.classify.file import load_classifier
 from sd_atoms.classify.images import open_set, some_of
-from sd_atoms.classify.scores import DRAWS
+from sd_atoms.classify.scores import DRAWS, logits_of
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.data.images import to_unit
+from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.intervals import mean_figure, share_figure
 from sd_atoms.files import check_outputs, replacing, write_json
+from sd_atoms.machine import make_accelerator, read_ahead
 from sd_atoms.progress import followed
 from sd_atoms.report.classifier import cam_sheet
 from sd_atoms.report.table import text_table
@@ -49,6 +51,8 @@ def run(settings: Settings) -> None:
     Raises:
         UserError: a classifier or the images cannot be used, or there is no such layer.
     """
+    if settings.block is not None and settings.layer is not None:
+        raise UserError(f"block: {settings.block}: layer {settings.layer!r} is in its place; one of them is allowed")
     check_outputs(settings.overwrite, out=settings.out, json=settings.json)
     places = [word.strip() for word in settings.classifiers.split(",") if word.strip()]
     found = open_set(
@@ -57,24 +61,26 @@ def run(settings: Settings) -> None:
     records = some_of(found.test, settings.images, f"{settings.seed}/cam")
     names = [found.class_names[record.label] for record in records]
     shown = range(min(settings.shown, len(records)))
-    rows, columns, told = [], [], []
-    for place in followed(places, len(places), "Classifiers", "classifier"):
+    images = list(followed(read_ahead(ImageRecord.read, records), len(records), "Reading", "image"))
+    device = make_accelerator().device
+    columns, told = [], []
+    for place in places:
         classifier, file = load_classifier(place, settings.model)
         unknown = [name for name in names if name not in file.class_names]
         if unknown:
             raise UserError(f"data: class {unknown[0]!r} is not among the {len(file.class_names)} of {place}")
         layer = chosen_block(classifier, settings.block, settings.layer)
-        images = [record.read() for record in records]
         labels = [file.class_names.index(name) for name in names]
-        maps, said = maps_of(classifier, images, labels, layer)
+        classifier.to(device)
+        maps = maps_of(classifier, images, labels, layer)
+        said = logits_of(classifier, records).argmax(1)
         size = mean_figure(active_shares(maps), DRAWS, settings.seed)
         right = share_figure(said == said.new_tensor(labels))
-        title = f"{file.method}: {Path(place).name}"
         told.append({"classifier": place, "layer": layer, "active": size.entries(), "accuracy": right.entries()})
-        plain = [centre_crop(images[place], classifier.preprocessing) for place in shown]
-        columns.append((title, [file.class_names[said[place]] for place in shown], maps[: len(shown)].numpy()))
-        rows = rows or plain
-    sheet = cam_sheet([_pixels(image) for image in rows], [names[place] for place in shown], columns)
+        crops = [_pixels(centre_crop(images[number], classifier.preprocessing)) for number in shown]
+        answers = [file.class_names[said[number]] for number in shown]
+        columns.append((f"{file.method}: {place}", crops, answers, maps[: len(shown)].numpy()))
+    sheet = cam_sheet([names[number] for number in shown], columns)
     with replacing(Path(settings.out)) as temporary:
         sheet.savefig(temporary, format="png")
     print(sizes_text(told))
