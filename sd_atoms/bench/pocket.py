@@ -8,7 +8,7 @@ from PIL import Image
 
 from sd_atoms.bench.measuring import describe, machine_info
 from sd_atoms.evaluation.clip import ClipFeatures
-from sd_atoms.evaluation.intervals import mean_figure
+from sd_atoms.evaluation.intervals import share_figure
 from sd_atoms.generation import Request, generate
 from sd_atoms.pipeline import open_base
 from sd_atoms.pipeline.sampling import Sampling
@@ -21,7 +21,6 @@ from sd_atoms.report.table import text_table
 
 LANDMARKS = ("castle", "canal")
 HELD_OUT = 40
-DRAWS = 1000  # of the bootstrap
 SHEET_COLUMNS = 8
 
 
@@ -105,4 +104,4 @@ def _match(clip: ClipFeatures, pictures: Sequence[Image.Image], prompts: list[st
     """`pictures` come in rounds of one per prompt."""
     best = (clip.of_images(list(pictures)) @ clip.of_texts(prompts).T).argmax(1)
     own = torch.arange(len(pictures)) % len(prompts)
-    return mean_figure(best.eq(own), DRAWS, seed=0).entries()
+    return share_figure(best.eq(own)).entries()

@@ -210,7 +210,7 @@ def try_out(classifier: Classifier, what: str) -> None:
     side, weight = classifier.preprocessing.size_px, classifier.head.weight
     try:
         logits = classifier(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # transformers refuse some sizes themselves
         raise UserError(f"{what} cannot take images of {side} px ({str(error).splitlines()[0]})") from error
     if logits.shape != (1, classifier.head.out_features):
         raise UserError(f"{what} does not end in one row of logits: {tuple(logits.shape)}")

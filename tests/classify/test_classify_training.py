@@ -219,3 +219,8 @@ def test_a_layer_is_meant_by_its_whole_name():
     adapt(classifier, build(ClassifyConfig, {"model": "x", "data": "x", "method": "atoms"}))
     adapted = {name.partition(".base_layer")[0] for name, _ in network.named_modules() if "base_layer" in name}
     assert adapted == {"conv1", "layer1.0.conv2", "layer1.1.conv2"}
+
+
+def test_a_size_that_a_network_cannot_take_is_one_line(place, tmp_path, capsys):
+    assert train(place, tmp_path / "run", model=place / "vit", method="head", size_px=40) == 2
+    assert "cannot take images of 40 px" in capsys.readouterr().err

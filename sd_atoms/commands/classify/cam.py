@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
-from sd_atoms.classify.file import load_classifier
-from sd_atoms.classify.images import open_set, some_of
+from sd_atoms.classify.config import TestedSettings
+from sd_atoms.classify.file import load_classifier, open_tests, read_classifier
+from sd_atoms.classify.images import labels_among, some_of
 from sd_atoms.classify.scores import DRAWS, logits_of
 from sd_atoms.classify.training import centre_crop
 from sd_atoms.data.images import to_unit
@@ -19,7 +20,7 @@ from sd_atoms.machine import make_accelerator, read_ahead
 from sd_atoms.progress import followed
 from sd_atoms.report.classifier import cam_sheet
 from sd_atoms.report.table import text_table
-from sd_atoms.settings import setting
+from sd_atoms.settings import section, setting
 
 WHAT, HOW = "what is looked at", "how"
 
@@ -31,13 +32,12 @@ class Settings:
     classifiers: str = setting(
         None, WHAT, "run folders of `classify train` or their files, with commas between", required=True
     )
-    data: str = setting(None, WHAT, "labelled images, as for `classify train`; its test images count", required=True)
-    dataset_dir: str | None = setting(None, WHAT, "the images of vtab:TASK: a folder, or an id for `datasets`")
-    test_share: float = setting(0.2, WHAT, "of each class, where there are no test images", low=0.01, high=0.9)
+    tested: TestedSettings = section(TestedSettings)
     images: int = setting(64, WHAT, "how many, drawn by the seed", low=1)
     shown: int = setting(8, WHAT, "how many of these are in the picture", low=1)
-    seed: int = setting(0, WHAT, "of the test share, as the training had it, and of the choice", low=0)
-    model: str | None = setting(None, HOW, "where the pretrained network is; none = as each file says")
+    model: str | None = setting(
+        None, HOW, "where the pretrained network is, or one for each with commas between; none = as each file says"
+    )
     block: int | None = setting(None, HOW, "at the end of which block, from 1; none = the last", low=1)
     layer: str | None = setting(None, HOW, "at which layer, by its name, in place of block")
     out: str = setting("cam.png", HOW, "the picture")
@@ -55,28 +55,28 @@ def run(settings: Settings) -> None:
         raise UserError(f"block: {settings.block}: layer {settings.layer!r} is in its place; one of them is allowed")
     check_outputs(settings.overwrite, out=settings.out, json=settings.json)
     places = [word.strip() for word in settings.classifiers.split(",") if word.strip()]
-    found = open_set(
-        settings.data, dataset_dir=settings.dataset_dir, test_share=settings.test_share, seed=settings.seed
-    )
-    records = some_of(found.test, settings.images, f"{settings.seed}/cam")
+    models = [word.strip() for word in settings.model.split(",")] if settings.model else [None]
+    models = models * len(places) if len(models) == 1 else models
+    if len(models) != len(places):
+        raise UserError(f"model: {len(models)} networks for {len(places)} classifiers; one, or one for each")
+    found = open_tests(settings.tested, [read_classifier(place) for place in places])
+    records = some_of(found.test, settings.images, f"{settings.tested.seed or 0}/cam")
     names = [found.class_names[record.label] for record in records]
     shown = range(min(settings.shown, len(records)))
     images = list(followed(read_ahead(ImageRecord.read, records), len(records), "Reading", "image"))
     device = make_accelerator().device
     columns, told = [], []
-    for place in places:
-        classifier, file = load_classifier(place, settings.model)
-        unknown = [name for name in names if name not in file.class_names]
-        if unknown:
-            raise UserError(f"data: class {unknown[0]!r} is not among the {len(file.class_names)} of {place}")
+    for place, model in zip(places, models, strict=True):
+        classifier, file = load_classifier(place, model)
+        labels = labels_among(records, found.class_names, file.class_names, place)
         layer = chosen_block(classifier, settings.block, settings.layer)
-        labels = [file.class_names.index(name) for name in names]
         classifier.to(device)
         maps = maps_of(classifier, images, labels, layer)
         said = logits_of(classifier, records).argmax(1)
-        size = mean_figure(active_shares(maps), DRAWS, settings.seed)
+        size, empty = mean_figure(active_shares(maps), DRAWS, seed=0), int((maps.amax((1, 2)) == 0).sum())
         right = share_figure(said == said.new_tensor(labels))
-        told.append({"classifier": place, "layer": layer, "active": size.entries(), "accuracy": right.entries()})
+        figures = {"active": size.entries(), "empty_maps": empty, "accuracy": right.entries()}
+        told.append({"classifier": place, "layer": layer, **figures})
         crops = [_pixels(centre_crop(images[number], classifier.preprocessing)) for number in shown]
         answers = [file.class_names[said[number]] for number in shown]
         columns.append((f"{file.method}: {place}", crops, answers, maps[: len(shown)].numpy()))
@@ -84,7 +84,10 @@ def run(settings: Settings) -> None:
     with replacing(Path(settings.out)) as temporary:
         sheet.savefig(temporary, format="png")
     print(sizes_text(told))
-    print(f"{settings.out} shows {len(shown)} of the {len(records)} images")
+    print(
+        f"{settings.out} shows {len(shown)} of the {len(records)} images. Maps are of each image's own class; one is "
+        "empty where nothing at that layer speaks for it"
+    )
     if settings.json:
         write_json(Path(settings.json), told)
 
@@ -98,8 +101,8 @@ def sizes_text(told: list[dict]) -> str:
             f"{own['value']:.1%}" + ("" if own["low"] is None else f" ({own['low']:.1%} to {own['high']:.1%})")
             for own in figures
         ]
-        cells.append([entry["classifier"], entry["layer"], *texts])
-    return text_table(["classifier", "layer", "active region", "right"], cells, left=(0, 1))
+        cells.append([entry["classifier"], entry["layer"], texts[0], str(entry["empty_maps"]), texts[1]])
+    return text_table(["classifier", "layer", "active region", "empty maps", "right"], cells, left=(0, 1))
 
 
 def _pixels(image: Image.Image):
