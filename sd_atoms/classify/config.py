@@ -34,8 +34,8 @@ HEAD_ALONE = Method(
 TARGETS = {"atoms": "spatial", "lora-conv": "spatial", "oft": "all-linear"} | dict.fromkeys(
     ("lora", "locon", "loha", "lokr", "lycoris-locon", "lycoris-loha", "lycoris-lokr"), "dense"
 )
-# among the best of those tried (docs/classify.md), as HEAD_RATE is; those of the methods themselves are of diffusion
-RATES = {"atoms": 1e-3, "block": 1e-3}
+# by kind, among the best of those tried (docs/classify.md), as HEAD_RATE is; the methods' own rates are of diffusion
+RATES = {"atoms": 1e-3, "block": 1e-3, "beta": 1e-4, "lora": 3e-3, "bias": 1e-2, "norm": 1e-2, "full": 1e-4}
 NOT_OFFERED = ("token", "difffit")  # of prompts, and of the transformer blocks of a UNet
 
 
