@@ -574,7 +574,10 @@ def test_latest_without_a_checkpoint_begins_at_the_start(tmp_path, capsys):
     shutil.rmtree(first / "checkpoints")  # finished: nothing of it may be lost
     assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-    shutil.rmtree(first / "adapter")  # as if killed before its first checkpoint
+    shutil.rmtree(first / "adapter")
+    assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 2
+    for path in (first / "metrics.json", *first.glob("*.safetensors")):  # as if killed before its first checkpoint
+        path.unlink(missing_ok=True)
     assert train_main(["--config", str(first / "config.yaml"), "--resume_from_checkpoint", "latest"]) == 0
 
 
