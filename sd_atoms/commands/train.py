@@ -28,7 +28,7 @@ from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_he
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import save_adapter
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
-from sd_atoms.pipeline.sampling import Sampling
+from sd_atoms.pipeline.sampling import Sampling, check_sampler
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.report.grid import image_grid
@@ -108,6 +108,7 @@ def run(config: TrainConfig) -> Path:
         config = sized(config, pipe.unet)
         notes.append(f"budget: {config.method.given()} of method {config.method.method}")
     noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
+    check_sampler(config.images.scheduler, pipe.scheduler, {}, config.images.num_inference_steps)
     for token in config.tokens:
         check_new_token(pipe, token, config.tokens)
     notes += on_main(accelerator, lambda: preflight(config, sources, pipe, accelerator.num_processes))

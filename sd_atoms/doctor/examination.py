@@ -24,6 +24,7 @@ from sd_atoms.doctor.plan import class_images, intervals, rates, trainable_param
 from sd_atoms.doctor.prompts import braces, new_words, run_prompts
 from sd_atoms.errors import UserError
 from sd_atoms.machine import make_accelerator
+from sd_atoms.pipeline.sampling import check_sampler
 from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.sources import packaged_path, resolve_source
 from sd_atoms.training.base import open_base_of
@@ -50,6 +51,7 @@ def doctor(config: TrainConfig) -> None:
     try:
         pipe = open_base_of(config.base, accelerator.device)
         noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
+        check_sampler(config.images.scheduler, pipe.scheduler, {}, config.images.num_inference_steps)
     except UserError as error:
         findings.append(problem(error, "pretrained_model_name_or_path"))
     findings += examine(config, sources, pipe, accelerator.num_processes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_atoms.errors import UserError
-from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
+from sd_atoms.pipeline.sampling import SAMPLERS, Sampling
 from sd_atoms.settings import read_yaml
 from sd_atoms.sources import is_hub_id, packaged_path, public_name
 
@@ -68,7 +68,7 @@ def parse_header(adapter: str, about: Mapping[str, Any]) -> Header:
         fitting = {
             "guidance_scale": type(made.guidance_scale) in (int, float) and 0 <= made.guidance_scale < math.inf,
             "num_inference_steps": type(made.num_inference_steps) is int and 1 <= made.num_inference_steps <= 1000,
-            "scheduler": made.scheduler in SCHEDULERS,
+            "scheduler": made.scheduler in SAMPLERS,
             "resolution": made.resolution is None or (type(made.resolution) is int and 32 <= made.resolution <= 4096),
         }
         problem = next((name for name, fits in fitting.items() if not fits), None)

@@ -32,7 +32,6 @@ _SCHEDULER_CLASSES = {
     "tcd": "TCDScheduler",
 }
 SAMPLERS = (*_SCHEDULER_CLASSES, "base")
-SCHEDULERS = ("ddim", "dpmsolver++", "base")  # of the pictures of a training: they need no further package
 # a base was trained with these; noise follows a picture's seed
 _FIXED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -119,9 +118,10 @@ def check_sampler(name: str, own, options: Mapping[str, Any], num_inference_step
         scheduler.set_timesteps(num_inference_steps)
         steps = {key: value for key, value in options.items() if key == "eta"}
         latent = torch.zeros(1, 4, 1, 1)
-        for timestep in scheduler.timesteps:
-            scheduler.scale_model_input(latent, timestep)
-            latent = scheduler.step(torch.zeros_like(latent), timestep, latent, **steps).prev_sample
+        with torch.random.fork_rng(devices=[]):  # some draw noise
+            for timestep in scheduler.timesteps:
+                scheduler.scale_model_input(latent, timestep)
+                latent = scheduler.step(torch.zeros_like(latent), timestep, latent, **steps).prev_sample
     except Exception as error:  # the classes raise whatever they trip over, and ImportError without their packages
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ImportError):

@@ -9,7 +9,7 @@ from sd_atoms.data.config import OF_CONCEPT, PRIOR, TOKEN, Concept, DataSettings
 from sd_atoms.errors import UserError
 from sd_atoms.methods import Method, check_settings, from_peft_config, get_method
 from sd_atoms.methods.table import METHODS, RATES
-from sd_atoms.pipeline.sampling import SCHEDULERS, Sampling
+from sd_atoms.pipeline.sampling import SAMPLERS, Sampling
 from sd_atoms.settings import flat, section, setting, unmet_needs
 from sd_atoms.tuner.config import BLOCK_LAYERS, SOLVERS
 from sd_atoms.tuner.targets import TARGET_SETS
@@ -288,9 +288,7 @@ class ImageSettings:
     num_instance_images: int = setting(20, PICTURES, "pictures of instance_prompt", low=1, high=10_000)
     guidance_scale: float = setting(7.5, PICTURES, "classifier-free guidance, also of validation", low=0.0)
     num_inference_steps: int = setting(25, PICTURES, "denoising steps, also of validation", low=1, high=1000)
-    scheduler: str = setting(
-        "ddim", PICTURES, "sampler, also of validation; base = the base's own", choices=SCHEDULERS
-    )
+    scheduler: str = setting("ddim", PICTURES, "sampler, also of validation; base = the base's own", choices=SAMPLERS)
     generation_batch_size: int = setting(
         1, PICTURES, "pictures a process draws together; the last bits of a picture follow it", low=1
     )

@@ -149,7 +149,9 @@ def test_every_sampler_draws_as_its_class_does_whatever_the_batch(base, name):
     if name == "dpmsolver_sde":
         pytest.importorskip("torchsde")
     sampling = dataclasses.replace(SAMPLING, scheduler=name)
+    before = torch.get_rng_state()
     check_sampler(name, base.scheduler, {}, sampling.num_inference_steps)
+    assert torch.equal(before, torch.get_rng_state())
     found = drawn(base, sampling=sampling)
     if name != "dpmsolver_sde":  # whose noise follows no generator but by a setting of ours
         assert np.array_equal(found[1], theirs(base, diffusers.StableDiffusionPipeline, 4, sampling))

@@ -14,7 +14,7 @@ from helpers import CASTLE, tiny_base, train_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sd_atoms.cli import train_main
+from sd_atoms.cli import main, train_main
 from sd_atoms.data.checked import usable
 from sd_atoms.data.concepts import Source
 from sd_atoms.data.config import Concept, DataSettings
@@ -48,6 +48,7 @@ SMALL = dict(
     guidance_scale=3.0,
     report_to="none",
 )
+NAMED = "images/instance-00.png"
 PLAIN = dict(placeholder_token=None, initializer_token=None, train_token_embedding=False, instance_prompt="a castle")
 
 
@@ -654,3 +655,25 @@ def test_numbers_that_are_none_are_named_where_they_arise(tmp_path, capsys, part
     if "latents" in message:
         # nothing unsound is kept, only what was seen of the photos
         assert {path.relative_to(cache).parts[0] for path in cache.rglob("*.safetensors")} <= {"images"}
+
+
+def test_pictures_of_a_training_are_drawn_by_any_sampler_and_again_from_the_file_alone(tmp_path):
+    few = dict(num_inference_steps=3, scheduler="euler_a")
+    folder = run(tmp_path / "stochastic", **few)
+    drawn = np.asarray(Image.open(folder / NAMED))
+    assert not np.array_equal(drawn, np.asarray(Image.open(run(tmp_path / "ddim", num_inference_steps=3) / NAMED)))
+    (file,) = folder.glob("*.safetensors")
+    again = ["generate", "--adapter", str(file), "--base", tiny_base(), "--prompt", CASTLE["instance_prompt"]]
+    assert main([*again, "--seeds", "0", "--out", str(tmp_path / "again")]) == 0
+    assert np.array_equal(drawn, np.asarray(Image.open(next((tmp_path / "again").glob("prompt*.png")))))
+
+
+def test_a_sampler_that_cannot_take_so_many_steps_is_refused_before_the_training(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    settings = dict(scheduler="tcd", num_inference_steps=60, output_dir=str(tmp_path / "run"))
+    path.write_text(yaml.safe_dump({**SMALL, "pretrained_model_name_or_path": tiny_base(), **settings}))
+    assert train_main(["--config", str(path)]) == 2
+    assert "scheduler: tcd at 60 steps: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["doctor", "--config", str(path)]) == 2
+    assert "scheduler: tcd at 60 steps: " in capsys.readouterr().out
