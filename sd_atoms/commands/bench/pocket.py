@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sd_atoms.bench.pocket import bench_pocket, pocket_text
 from sd_atoms.commands.bench.common import HOW, WHAT, Common, started, tell
 from sd_atoms.files import replacing
-from sd_atoms.pipeline.sampling import Sampling
+from sd_atoms.pipeline.sampling import SAMPLERS, Sampling
 from sd_atoms.settings import section, setting
 
 
@@ -16,8 +16,9 @@ class Settings:
     base: str = setting("pocket", WHAT, "pocket, or the folder weights/pocket-sd that pretrain-pocket makes")
     judge: str = setting("pocket:clip", HOW, "CLIP model that matches pictures and prompts")
     seeds: int = setting(8, HOW, "pictures of each of the twenty evaluation prompts", low=1)
-    guidance_scale: float = setting(Sampling.guidance_scale, HOW, "classifier-free guidance", low=0.0)
+    guidance_scale: float = setting(3.0, HOW, "classifier-free guidance", low=0.0)  # as configs/pocket draws
     num_inference_steps: int = setting(Sampling.num_inference_steps, HOW, "denoising steps", low=1)
+    scheduler: str = setting("euler_a", HOW, "sampler", choices=SAMPLERS)
     sheet: str | None = setting(None, HOW, "also write a PNG of 40 held-out captions, the renderer's pictures beside")
     common: Common = section(Common)
 
@@ -25,7 +26,7 @@ class Settings:
 def run(settings: Settings) -> None:
     """Measures; raises UserError for a value that cannot be used."""
     threads = started(settings.common, sheet=settings.sheet)
-    sampling = Sampling(settings.guidance_scale, settings.num_inference_steps)
+    sampling = Sampling(settings.guidance_scale, settings.num_inference_steps, settings.scheduler)
     result, sheet = bench_pocket(settings.base, settings.judge, settings.seeds, sampling, threads)
     tell(pocket_text(result), result, settings.common)
     if settings.sheet:
