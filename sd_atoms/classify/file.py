@@ -144,6 +144,40 @@ def read_classifier(path: str | Path) -> ClassifierFile:
     return ClassifierFile(about["model"], method, config, state, head, names, made, mark, training)
 
 
+def is_classifier(path: Path) -> bool:
+    """Whether a safetensors file has our header; False also of one that cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def described_classifier(path: Path) -> dict[str, Any]:
+    """What such a file is, for `sd-atoms inspect`; its network is not opened.
+
+    Returns:
+        `file`, `bytes`, `model`, `method`, `settings` of the adapter or None, `class_names`, `numbers` of the adapter
+        (atoms come with those they started from), `head_numbers`, `preprocessing`, `training`.
+
+    Raises:
+        UserError: as `read_classifier`.
+    """
+    file = read_classifier(path)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "model": file.model,
+        "method": file.method,
+        "settings": None if file.config is None else kept_settings(file.config),
+        "class_names": list(file.class_names),
+        "numbers": sum(value.numel() for value in file.state.values()),
+        "head_numbers": sum(value.numel() for value in file.head.values()),
+        "preprocessing": asdict(file.preprocessing),
+        "training": dict(file.training),
+    }
+
+
 def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classifier, ClassifierFile]:
     """Opens the network that a file belongs to, and puts its adapter and head in.
 

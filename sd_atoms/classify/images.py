@@ -147,7 +147,7 @@ def _class_folders(place: Path, least: int = 2) -> tuple[list[ImageRecord], tupl
             found += [replace(image_record(path), label=label) for path in scan_folder(folder).paths]
         except UserError as error:
             empty.append(str(error))
-    refuse(empty[:MOST_TOLD], f"{place}: {len(empty)} of {len(folders)} classes cannot be used:")
+    refuse(empty, f"{place}: {len(empty)} of {len(folders)} classes cannot be used:")
     return found, tuple(folder.name for folder in folders)
 
 
@@ -176,7 +176,7 @@ def _listed(path: Path, least: int = 2) -> tuple[list[ImageRecord], tuple[str, .
             problems.append(f"{path}, line {line}: {image} is on line {lines[image]} already")
         lines[image] = line
         entries.append((image, label))
-    refuse(problems[:MOST_TOLD], f"{path}: {len(problems)} of {len(rows)} lines cannot be used:")
+    refuse(problems, f"{path}: {len(problems)} of {len(rows)} lines cannot be used:")
     names = sorted({label for _, label in entries}, key=natural_key)
     if len(names) < least:
         raise UserError(f"{path}: has {len(names)} classes; {least} or more are needed")
@@ -196,6 +196,9 @@ def _cub(place: Path) -> LabelledSet:
             raise UserError(f"{place / name}: does not list the images of images.txt; they differ in number {odd}")
     order = {number: label for label, number in enumerate(sorted(classes, key=natural_key))}
     names = tuple(classes[number] for number in order)
+    files = [place / "images" / path for path in paths.values()]
+    missing = [f"{path}: is missing; images.txt lists it" for path in files if not path.is_file()]
+    refuse(missing, f"{place}: {len(missing)} of {len(paths)} images of images.txt are missing:")
     sets = {"0": [], "1": []}
     for number, path in paths.items():
         if labels[number] not in order or of_train[number] not in sets:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd_atoms.classify.file import NAME as CLASSIFIER
+from sd_atoms.classify.file import described_classifier, is_classifier
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
@@ -12,6 +14,7 @@ from sd_atoms.pipeline.artefact_files import LORA_FILE, WEIGHTS_FILE, is_ours
 from sd_atoms.pipeline.description import describe_file
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
+from sd_atoms.report.classifier import classifier_text
 from sd_atoms.report.description import description_text
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.settings import setting
@@ -70,6 +73,11 @@ def run(settings: Settings) -> None:
     if settings.arch:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))
+    elif (path := _classifier_file(settings.adapter)) is not None:
+        if settings.plot or settings.top is not None or settings.pretrained_model_name_or_path is not None:
+            raise UserError(f"--plot, --top, --base: {path} is a classifier; sd-atoms classify evaluates and draws it")
+        result = described_classifier(path)
+        print(classifier_text(result))
     elif settings.pretrained_model_name_or_path is None and (path := _foreign_file(settings.adapter)):
         if settings.plot or settings.top is not None:
             raise UserError(
@@ -88,6 +96,13 @@ def run(settings: Settings) -> None:
     if settings.plot:
         with replacing(settings.plot) as temporary:
             draw_adapter(result).savefig(temporary, format="png")
+
+
+def _classifier_file(source: str) -> Path | None:
+    """The file that a source is, if it is a classifier of ours, or the run folder of one."""
+    path = Path(source).expanduser()
+    path = path / CLASSIFIER if (path / CLASSIFIER).is_file() else path
+    return path if path.suffix == ".safetensors" and is_classifier(path) else None
 
 
 def _foreign_file(source: str) -> Path | None:

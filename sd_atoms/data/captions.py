@@ -11,6 +11,8 @@ METADATA = "metadata.jsonl"
 SUFFIXES = (".txt", ".caption")  # in any case: cameras and old tools write .TXT
 CAPTION_KEYS = ("text", "caption", "prompt")
 
+MOST_TOLD = 20  # problems of one kind
+
 _AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
 
 
@@ -76,7 +78,7 @@ def tidy(text: str) -> str:
 
 
 def refuse(problems: Sequence[str], heading: str) -> None:
-    """Raises all problems as one error; none is silence.
+    """Raises all problems as one error, of many the first; none is silence.
 
     Args:
         problems: one line each.
@@ -88,7 +90,8 @@ def refuse(problems: Sequence[str], heading: str) -> None:
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        raise UserError("\n  ".join([heading, *problems]))
+        more = [f"… and {len(problems) - MOST_TOLD:,} more"] * (len(problems) > MOST_TOLD)
+        raise UserError("\n  ".join([heading, *problems[:MOST_TOLD], *more]))
 
 
 def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str], bool]:

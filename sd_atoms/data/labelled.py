@@ -26,7 +26,6 @@ from sd_atoms.sources import is_hub_id
 LISTS = ("train800", "val200", "train800val200", "test")
 LIST_OF = {"train": "train800val200"}  # split -> list, of VTAB-1k
 SPLITS = ("train", "test")
-MOST_TOLD = 5  # mistakes of a kind of file
 LAYOUTS = (
     "train800val200.txt and test.txt of VTAB-1k, train-images-idx3-ubyte(.gz), train/nshards.txt of webdataset, "
     "train/CLASS/ and test/CLASS/, or what `datasets` reads"
@@ -63,7 +62,7 @@ def task_images(
         for image in found
         if not 0 <= image.label < task.classes
     ]
-    _refuse(wrong, f"{place}: {len(wrong)} of {len(found)} labels are out of range:")
+    refuse(wrong, f"{place}: {len(wrong)} of {len(found)} labels are out of range:")
     prompts = task.prompts
     return [replace(image, caption=prompts[image.label]) for image in found]
 
@@ -133,7 +132,7 @@ def _listed(folder: Path, name: str, task: Task) -> list[ImageRecord]:
             problems.append(f"{path}, line {number}: {image} is missing")
             continue
         found.append(replace(image_record(place), label=label))
-    _refuse(problems, f"{path}: {len(problems)} mistakes:")
+    refuse(problems, f"{path}: {len(problems)} mistakes:")
     if not found:
         raise UserError(f"{path}: is empty; expected lines of `path label`")
     return found
@@ -174,7 +173,7 @@ def _shards(folder: Path, split: str, task: Task) -> list[ImageRecord]:
     if not re.fullmatch(r"\d{1,6}", text) or not int(text):
         raise UserError(f"{path}: says {text[:40]!r}; expected the number of shards")
     shards = [folder / split / f"{number}.tar" for number in range(int(text))]
-    _refuse([f"{shard}: is missing; {path.name} says {text}" for shard in shards if not shard.is_file()],
+    refuse([f"{shard}: is missing; {path.name} says {text}" for shard in shards if not shard.is_file()],
             f"{folder / split}: shards are missing:")  # fmt: skip
     found = shard_images(shards, captions=False, classes=True)
     return [replace(image, label=places[image.label]) if 0 <= image.label < task.classes else image for image in found]
@@ -191,7 +190,7 @@ def _of_class_folders(folder: Path, split: str, task: Task) -> list[ImageRecord]
     unknown = [path.name for path, label in zip(folders, labels, strict=True) if label is None]
     missing = [name for name in known if known[name] not in labels]
     if unknown or missing or len(set(labels)) < len(labels):
-        said = [f"{kind}: {', '.join(own[:MOST_TOLD])}{', …' * (len(own) > MOST_TOLD)}"
+        said = [f"{kind}: {', '.join(own[:5])}{', …' * (len(own) > 5)}"
                 for kind, own in (("not of it", unknown), ("missing", missing)) if own]  # fmt: skip
         raise UserError(
             f"{folder / split}: has {len(folders)} folders of classes, {task.name} has {task.classes} classes"
@@ -244,9 +243,3 @@ def _labels_of(task: Task, where: str, names: Sequence[str]) -> list[int]:
             "of its classes go by the names of the task"
         )
     return list(range(len(names)))
-
-
-def _refuse(problems: Sequence[str], heading: str) -> None:
-    """Raises the first of many problems, as one error."""
-    more = len(problems) - MOST_TOLD
-    refuse([*problems[:MOST_TOLD], *([f"… and {more} more"] if more > 0 else [])], heading)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from sd_atoms.report.markdown import escaped, table
 
-MOST_NAMED = 40  # classes whose names fit beside a matrix
-WORST = 5
+MOST_NAMED = 200  # classes whose names fit beside a matrix
+WORST, MOST_LISTED = 5, 10
 TITLE_WIDTH = 28  # letters above a picture of a sheet
 
 
@@ -25,7 +26,8 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     counts = np.array(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     classes = len(class_names)
-    side = min(14, max(4, 1.8 + 0.32 * classes))
+    few = classes <= 40
+    side = max(4, 1.8 + 0.32 * classes) if few else min(32, 8.4 + 0.15 * classes)
     figure = Figure(figsize=(side, side), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -33,15 +35,24 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     axes.set_xlabel("said")
     axes.set_ylabel("is")
     if classes <= MOST_NAMED:
-        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(classes), names, fontsize=7)
+        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in drawable(class_names)]
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=7 if few else 6)
+        axes.set_yticks(range(classes), names, fontsize=7 if few else 6)
     if classes <= 20:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if shares[row, column] > 0.5 else "black"
             text = f"{counts[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
     return figure
+
+
+def drawable(class_names: Sequence[str]) -> list[str]:
+    """The names as a figure can show them: its font lacks many scripts, and a number says more than boxes."""
+    font = get_font(findfont(FontProperties()))
+    return [
+        name if all(letter.isspace() or font.get_char_index(ord(letter)) for letter in name) else f"class {label}"
+        for label, name in enumerate(class_names)
+    ]
 
 
 def cam_sheet(
@@ -82,10 +93,33 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         ((share, name) for name, share in scores["by_class"].items() if share is not None), key=lambda pair: pair[0]
     )
     worst = "; ".join(f"{name} {share:.0%}" for share, name in known[:WORST] if share < 1) or "none"
+    names = list(scores["by_class"])
+    mistaken = sorted(
+        ((count, names[label], names[said]) for label, row in enumerate(scores["confusion"])
+         for said, count in enumerate(row) if count and said != label),
+        key=lambda entry: -entry[0],
+    )  # fmt: skip
+    most = "; ".join(f"{name} as {said} ({count})" for count, name, said in mistaken[:WORST]) or "none"
     return (
         f"{accuracy['value']:.1%} of {accuracy['n']:,} test images right{interval}; by the commonest class alone "
-        f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}."
+        f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}. "
+        f"Most often mistaken: {most}."
     )
+
+
+def classifier_text(found: Mapping[str, Any]) -> str:
+    """What a classifier's file is, in a few lines."""
+    names, made, training = found["class_names"], found["preprocessing"], found["training"]
+    some = ", ".join(names[:MOST_LISTED]) + ", …" * (len(names) > MOST_LISTED)
+    lines = {
+        "file": f"{found['file']}, {found['bytes']:,} bytes",
+        "kind": f"classifier of {len(names)} classes: {some}",
+        "network": found["model"],
+        "method": f"{found['method']}, {found['numbers']:,} numbers; {found['head_numbers']:,} of the head",
+        "images": f"{made['size_px']} px, {made['crop_share']:.1%} of the shorter side",
+        "training": ", ".join(f"{name} {value}" for name, value in training.items()),
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in lines.items() if value)
 
 
 def summary_text(metrics: Mapping[str, Any], file: Path, confusion: Path, model: str | None) -> str:

@@ -18,7 +18,7 @@ def test_pocket_counts_pictures_whose_best_prompt_is_their_own(bench, monkeypatc
     assert re.search("castle.*canal.*held_out", told, re.DOTALL)
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["benchmark"] == "pocket"
-    own = {"base": "pocket", "judge": "pocket:clip", "seeds": 2, "guidance_scale": 7.5, "num_inference_steps": 25}
+    own = {"base": "pocket", "judge": "pocket:clip", "seeds": 2, "guidance_scale": 3.0, "scheduler": "euler_a"}
     assert own.items() <= result["settings"].items()
     match = result["match"]
     for name, share, count in (("castle", 1 / 20, 40), ("canal", 1 / 20, 40), ("held_out", 1 / 40, 40)):

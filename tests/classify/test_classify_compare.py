@@ -93,7 +93,7 @@ def on_tasks(folder, **changes):
 
 
 def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
-    words = ["vtab", "run", "--kind", "classify", "--config", on_tasks(tmp_path)]
+    words = ["vtab", "run", "--config", on_tasks(tmp_path)]  # of classifiers, since its settings name a model
     assert main([*words, "--dry_run"]) == 0
     assert "patch_camelyon/head/seed-3: 2 steps" in capsys.readouterr().out
     assert main([*words, "--methods", "head"]) == 0
@@ -113,6 +113,16 @@ def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
     }.items():
         assert main([*words, *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_all_tasks_whose_images_are_not_there_are_named_before_any_run(tmp_path, capsys):
+    path = on_tasks(tmp_path, tasks="patch_camelyon,dtd,svhn")
+    assert main(["classify", "compare", path]) == 2
+    said = capsys.readouterr().err
+    assert "2 of 3 sets of images cannot be used:" in said
+    assert "dtd" in said
+    assert "svhn" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

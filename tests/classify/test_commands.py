@@ -49,6 +49,21 @@ def test_a_run_leaves_its_file_figures_and_picture(trained):
     assert "/" not in load_header(trained / NAME)["model"]
 
 
+def test_inspect_says_what_its_file_is(trained, tmp_path, capsys):
+    for source in (trained, trained / NAME):
+        assert main(["inspect", str(source), "--json", str(tmp_path / f"{source.name}.json")]) == 0
+        said = capsys.readouterr().out
+        assert "classifier of 3 classes: blue, green, red" in said
+        assert "atoms, " in said
+        found = json.loads((tmp_path / f"{source.name}.json").read_text())
+        assert found["head_numbers"] == 3 * 16 + 3
+        assert found["numbers"] == sum(
+            value.numel() for key, value in load_file(trained / NAME).items() if key.startswith("adapter.")
+        )
+    assert main(["inspect", str(trained), "--plot", str(tmp_path / "a.png")]) == 2
+    assert "is a classifier" in capsys.readouterr().err
+
+
 def load_header(path):
     from safetensors import safe_open
 

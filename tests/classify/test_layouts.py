@@ -82,6 +82,11 @@ def test_cub_as_distributed(tmp_path):
     (tmp_path / "train_test_split.txt").write_text("\n".join(split[:-1]))
     with pytest.raises(UserError, match="differ in number 9"):
         open_set(str(tmp_path))
+    (tmp_path / "train_test_split.txt").write_text("\n".join(split))
+    for folder in folders:
+        (tmp_path / "images" / folder / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"3 of 9 images of images.txt are missing:\n  .*1\.jpg: is missing"):
+        open_set(str(tmp_path))
 
 
 def cifar(folder, count):

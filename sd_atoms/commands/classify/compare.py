@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sd_atoms.commands.classify.train import opened_set
+from sd_atoms.data.captions import refuse
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
 from sd_atoms.jobs.classifiers import (
@@ -102,14 +103,24 @@ def compare(
         print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
     check_folder(plan.runs)
-    if not plan.tasks:
-        opened_set(plan.runs[0].config)  # what is wrong with the images is said once, before any run
+    check_images(plan)
     failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
     if with_report:
         # of all methods of the file, those that another call has done too
         report(read_classifier_plan(file, {**flags, "methods": None}), failed)
     if failed:
         raise SystemExit(1)
+
+
+def check_images(plan: ClassifierPlan) -> None:
+    """Says what is wrong with the images of any task, once and before any run; raises UserError."""
+    problems = []
+    for own in {run.task: run.config for run in plan.runs}.values():
+        try:
+            opened_set(own)
+        except UserError as error:
+            problems.append(str(error))
+    refuse(problems, f"{len(problems)} of {len(plan.tasks) or 1} sets of images cannot be used:")
 
 
 def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:

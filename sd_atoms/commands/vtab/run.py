@@ -39,7 +39,17 @@ from sd_atoms.jobs.set_report import set_comparison
 from sd_atoms.jobs.sets import SetExperiment, SetPlan, read_set_plan
 from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.report.sets import write_set_report
-from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml, unmet_needs
+from sd_atoms.settings import (
+    add_flags,
+    fields_of,
+    read_config,
+    replaced,
+    resolve,
+    section,
+    setting,
+    to_yaml,
+    unmet_needs,
+)
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
 
@@ -50,8 +60,12 @@ KINDS = ("generate", "classify")
 class Working:
     """How an experiment is worked through."""
 
-    kind: str = setting(
-        "generate", HOW, "what is trained on each data set: Stable Diffusion, or classifiers", choices=KINDS
+    kind: str | None = setting(
+        None,
+        HOW,
+        "what is trained on each data set, Stable Diffusion or classifiers; none = classifiers where the file's "
+        "settings name a model",
+        choices=KINDS,
     )
     queue: QueueSettings = section(QueueSettings)
     cluster: ClusterSettings = section(ClusterSettings)
@@ -84,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     flags = vars(arguments)
     file = flags.pop("config")
     working = resolve(Working, {name: flags.pop(name) for name in fields_of(Working) if name in flags})
+    if working.kind is None:
+        working = replaced(working, kind=_kind_of(file))
     if problems := unmet_needs(working):
         raise UserError("; ".join(problems))
     if working.kind == "classify":
@@ -103,6 +119,11 @@ def run(arguments: argparse.Namespace) -> None:
             report(plan, failed)
         if failed:
             raise SystemExit(1)
+
+
+def _kind_of(file: str) -> str:
+    shared = read_config(file).get("settings") if file else None
+    return "classify" if isinstance(shared, dict) and "model" in shared else "generate"
 
 
 def classify(file: str, flags: Mapping[str, Any], working: Working) -> None:
