@@ -24,6 +24,7 @@ from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import read_image, to_tensor
 from sd_atoms.data.records import folder_images
 from sd_atoms.errors import UserError
+from sd_atoms.jobs.queue import Slot
 from sd_atoms.machine import GIVEN_CORES, peak_bytes, read_ahead
 from sd_atoms.pipeline import open_base
 from sd_atoms.pocket.world import render, sample
@@ -175,9 +176,9 @@ def _train(folder: Path, scratch: Path, keep_cache: bool = True) -> tuple[float,
     command += ["--instance_data_dir", str(folder), "--instance_prompt", "a picture", "--output_dir", str(out)]
     command += ["--max_train_steps", str(TRAIN_STEPS), "--train_batch_size", small, "--num_instance_images", small]
     command += ["--num_inference_steps", small, "--cache_dir", str(cache), "--report_to", "none"]
-    environment = process_environment() | {"ACCELERATE_USE_CPU": "true"}  # the rest is measured there too
     start, first, memory = time.perf_counter(), None, 0
     with open(scratch / "errors", "w+", encoding="utf-8") as errors:
+        environment = process_environment() | Slot("cpu").environment()  # as all that is measured here
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             memory = max(memory, peak_bytes("cpu", process.pid))

@@ -33,7 +33,7 @@ def test_sizes_that_are_none_are_refused(sizes, capsys):
     assert "integers from 1 on" in capsys.readouterr().err
 
 
-def test_every_set_is_first_trained_on_from_nothing_with_the_threads_asked_for(bench, tmp_path, monkeypatch):
+def test_every_set_is_first_trained_on_from_nothing_with_the_cores_asked_for_and_no_card(bench, tmp_path, monkeypatch):
     started, popen = [], subprocess.Popen
 
     def training(command, env, **streams):
@@ -42,6 +42,8 @@ def test_every_set_is_first_trained_on_from_nothing_with_the_threads_asked_for(b
         cache, out = Path(flags["--cache_dir"]), Path(flags["--output_dir"])
         started.append((Path(flags["--instance_data_dir"]).name, cache.exists()))
         assert env[GIVEN_CORES] == "1"
+        assert env["ACCELERATE_USE_CPU"] == "true"
+        assert env["CUDA_VISIBLE_DEVICES"] == ""
         assert env["PYTHONPATH"].split(os.pathsep)[0] == str(Path(sd_atoms.__file__).parents[1])
         cache.mkdir(exist_ok=True)
         out.mkdir()
