@@ -16,12 +16,11 @@ from sd_atoms.data.images import natural_key, scan_folder
 from sd_atoms.data.labelled import task_images
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.data.vtab import PREFIX, load_task
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, shortlist
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 CIFAR_SIDE_PX = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE_PX**2
-MOST_TOLD = 5
 LAYOUTS = (
     "train/CLASS/ with test/CLASS/ or val/CLASS/, CLASS/ alone, a CSV file of path,label, images.txt of CUB-200-2011, "
     "train.bin of CIFAR-100"
@@ -127,10 +126,7 @@ def _tested(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[Imag
     found, own = _listed(place, 1) if place.is_file() else _class_folders(place, 1)
     unknown = [name for name in own if name not in names]
     if unknown:
-        raise UserError(
-            f"{place}: class {unknown[0]!r} is not among those learned: {', '.join(names[:MOST_TOLD])}"
-            f"{', …' * (len(names) > MOST_TOLD)}"
-        )
+        raise UserError(f"{place}: class {unknown[0]!r} is not among those learned: {shortlist(names)}")
     return [replace(record, label=names.index(own[record.label])) for record in found], names
 
 
@@ -196,14 +192,16 @@ def _cub(place: Path) -> LabelledSet:
             raise UserError(f"{place / name}: does not list the images of images.txt; they differ in number {odd}")
     order = {number: label for label, number in enumerate(sorted(classes, key=natural_key))}
     names = tuple(classes[number] for number in order)
-    files = [place / "images" / path for path in paths.values()]
-    missing = [f"{path}: is missing; images.txt lists it" for path in files if not path.is_file()]
-    refuse(missing, f"{place}: {len(missing)} of {len(paths)} images of images.txt are missing:")
-    sets = {"0": [], "1": []}
-    for number, path in paths.items():
+    sets, missing = {"0": [], "1": []}, []
+    for number, name in paths.items():
+        path = place / "images" / name
+        missing += [] if path.is_file() else [name]
         if labels[number] not in order or of_train[number] not in sets:
             raise UserError(f"{place}: image {number} is of class {labels[number]}, split {of_train[number]}, unknown")
-        sets[of_train[number]].append(replace(image_record(place / "images" / path), label=order[labels[number]]))
+        sets[of_train[number]].append(replace(image_record(path), label=order[labels[number]]))
+    if missing:
+        count = f"{len(missing):,} of the {len(paths):,} images of images.txt"
+        raise UserError(f"{place / 'images'}: {count} are missing: {shortlist(missing)}")
     return LabelledSet(sets["1"], sets["0"], names)
 
 

@@ -13,7 +13,7 @@ from sd_atoms.data.checked import usable, with_masks
 from sd_atoms.data.images import scan_folder
 from sd_atoms.data.masks import folder_masks
 from sd_atoms.data.records import ImageRecord, image_record
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, first_lines
 from sd_atoms.evaluation.folder import GROUPS, MORE_GROUPS, Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_network
@@ -142,7 +142,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
     """A table for each network, and the notes."""
     against = f" against {result['reference_images']} of {result['reference']}" if result["reference"] else ""
     lines = [f"{result['images']} images of {result['folder']}{against}, {result['resize']} resize"]
-    lines += [f"Skipped: {note}" for note in result["skipped"]]
+    lines += [f"Skipped: {note}" for note in first_lines(result["skipped"])]
     for name, scores in result["networks"].items():
         rows = []
         for key, own in scores["figures"].items():

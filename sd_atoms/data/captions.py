@@ -4,14 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, first_lines, shortlist
 from sd_atoms.files import parse_json
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".txt", ".caption")  # in any case: cameras and old tools write .TXT
 CAPTION_KEYS = ("text", "caption", "prompt")
-
-MOST_TOLD = 20  # problems of one kind
 
 _AN_ENTRY = '{"file_name": "a.png", "text": "its caption"}'
 
@@ -47,7 +45,7 @@ def folder_captions(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     without = [path.name for path in paths if path not in captions]
     if without and complete and caption_files(folder, paths):
         problems.append(
-            f"{folder}: {len(without)} of {len(paths)} pictures have no caption: {', '.join(without)}; expected "
+            f"{folder}: {len(without)} of {len(paths)} pictures have no caption: {shortlist(without)}; expected "
             f"<stem>.txt, <stem>.caption or an entry in {METADATA} for all or for none"
         )
     problems = list(dict.fromkeys(problems))  # a text file of two pictures is wrong once
@@ -78,20 +76,19 @@ def tidy(text: str) -> str:
 
 
 def refuse(problems: Sequence[str], heading: str) -> None:
-    """Raises all problems as one error, of many the first; none is silence.
+    """Raises all problems as one error, of many the first ones; none is silence.
 
     Args:
         problems: one line each.
         heading: the line above several.
 
     Raises:
-        UserError: one line for one problem; the heading and an indented line each for several.
+        UserError: one line for one problem; the heading and an indented line each for several, `first_lines` of them.
     """
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        more = [f"… and {len(problems) - MOST_TOLD:,} more"] * (len(problems) > MOST_TOLD)
-        raise UserError("\n  ".join([heading, *problems[:MOST_TOLD], *more]))
+        raise UserError("\n  ".join([heading, *first_lines(problems)]))
 
 
 def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str], bool]:

@@ -11,7 +11,7 @@ from sd_atoms.data.masks import EXPECTED, mask_files
 from sd_atoms.data.prompts import fill, load_templates
 from sd_atoms.data.records import ImageRecord, folder_images, table_images
 from sd_atoms.data.shards import find_shards, shard_images
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, first_lines
 from sd_atoms.sources import packaged_path
 
 
@@ -65,7 +65,9 @@ def find_images(data: DataSettings, concepts: Sequence[Concept], accelerator=Non
         found, left_out = usable(found, data.on_bad_image, accelerator, cache)
         if data.masks:
             found = with_masks(found, accelerator)
-        notes += [f"Ignored in {place}: {note}" for note in ignored] + [f"Skipped: {note}" for note in left_out]
+        notes += [f"Ignored in {place}: {note}" for note in ignored] + [
+            f"Skipped: {note}" for note in first_lines(left_out)
+        ]
         sources.append(Source(concept, found))
     if data.masks and not any(image.mask for source in sources for image in source.images):
         places = ", ".join(dict.fromkeys(image_place(data, concept) for concept in concepts))

@@ -20,7 +20,7 @@ from sd_atoms.data.images import EXTENSIONS, scan_folder
 from sd_atoms.data.records import ImageRecord, image_record, table_images
 from sd_atoms.data.shards import shard_images
 from sd_atoms.data.vtab import Task, is_folder_of_a_task
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, shortlist
 from sd_atoms.sources import is_hub_id
 
 LISTS = ("train800", "val200", "train800val200", "test")
@@ -190,8 +190,8 @@ def _of_class_folders(folder: Path, split: str, task: Task) -> list[ImageRecord]
     unknown = [path.name for path, label in zip(folders, labels, strict=True) if label is None]
     missing = [name for name in known if known[name] not in labels]
     if unknown or missing or len(set(labels)) < len(labels):
-        said = [f"{kind}: {', '.join(own[:5])}{', …' * (len(own) > 5)}"
-                for kind, own in (("not of it", unknown), ("missing", missing)) if own]  # fmt: skip
+        kinds = {"not of it": unknown, "missing": missing}
+        said = [f"{kind}: {shortlist(own)}" for kind, own in kinds.items() if own]
         raise UserError(
             f"{folder / split}: has {len(folders)} folders of classes, {task.name} has {task.classes} classes"
             + "".join(f"; {part}" for part in said)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from sd_atoms.data.labelled import LISTS, SPLITS, layout_of, task_folder, task_images
 from sd_atoms.data.vtab import DEMO, Task
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, shortlist
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 USUAL = {"train800": 800, "val200": 200, "train800val200": 1000}
@@ -68,8 +68,7 @@ def check_task(task: Task, place: str, alone: bool) -> OnDisk:
     for split, labels in found.items():
         empty = [name for label, name in enumerate(task.class_names) if not labels[label]]
         if empty:
-            listed = ", ".join(empty[:5]) + ", …" * (len(empty) > 5)
-            notes.append(f"{split}: {len(empty)} of {task.classes} classes have no image: {listed}")
+            notes.append(f"{split}: {len(empty)} of {task.classes} classes have no image: {shortlist(empty)}")
     usual = {"test": task.test_images} | (USUAL if layout == "VTAB-1k" else {})
     notes += [
         f"{split}: {counts[split]:,} images, {count:,} are usual"

@@ -60,12 +60,6 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def shortlist(names: Sequence[str], most: int = 4) -> str:
-    """The first `most` names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def bytes_text(count: float) -> str:
     """A number of bytes in KB, MB or GB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):

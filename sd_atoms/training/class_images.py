@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import EXTENSIONS, read_image, scan_folder
 from sd_atoms.errors import UserError
 from sd_atoms.generation import Request, generate, image_notes, save_image
@@ -121,10 +122,7 @@ def _check(paths: Sequence[Path]) -> None:
                 problems.append(f"{path}: is blank (black or in one colour)")
         except UserError as error:
             problems.append(str(error))
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        raise UserError("\n  ".join([f"{len(problems)} of {len(paths)} class pictures cannot be used:", *problems]))
+    refuse(problems, f"{len(problems)} of {len(paths)} class pictures cannot be used:")
 
 
 def _draw(

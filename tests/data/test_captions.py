@@ -92,6 +92,12 @@ def test_captions_for_some_pictures_name_those_without(folder):
     assert "\n" not in message
 
 
+def test_of_many_pictures_without_the_first_are_named(tmp_path):
+    (tmp_path / "0.txt").write_text("one")
+    with pytest.raises(UserError, match=r"8 of 9 pictures have no caption: 1.png, 2.png, 3.png, 4.png and 4 more;"):
+        folder_captions(tmp_path, [tmp_path / f"{number}.png" for number in range(9)])
+
+
 def test_an_empty_metadata_file_is_not_the_same_as_none(folder):
     _entries(folder)
     assert "3 of 3 pictures have no caption: a.png, b.JPG, c.webp" in _message(folder)

@@ -297,6 +297,15 @@ def test_all_bad_pictures_are_reported_at_once_and_good_ones_not(tmp_path):
         assert word in line
 
 
+def test_of_many_small_pictures_the_first_are_told_and_the_others_counted():
+    small = [ImageRecord(f"{number}.png", None, lambda: _bytes(_noise(8, 8))) for number in range(300)]
+    with pytest.raises(UserError) as error:
+        usable(small, "error")
+    heading, *lines = str(error.value).splitlines()
+    assert heading == "300 of 300 images cannot be used:"
+    assert [line.split(":")[0] for line in lines] == [*(f"  {number}.png" for number in range(20)), "  … and 280 more"]
+
+
 def test_one_bad_picture_is_one_line_and_none_is_silence(tmp_path):
     pictures = _some_bad(tmp_path)
     for on_bad_image in ("error", "skip"):
