@@ -25,10 +25,13 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.methods.method import adapter_shapes
+from sd_atoms.pipeline.artefact_files import CLASSIFIER, CLASSIFIER_FILE
 from sd_atoms.pipeline.config import kept_settings, peft_config
 from sd_atoms.pipeline.fingerprint import SAME_BASE, distance, from_text, to_text
+from sd_atoms.pipeline.inspection import mode_of, trained_numbers
+from sd_atoms.training.run_folder import METRICS
 
-HEADER, FORMAT, NAME = "sd_atoms_classifier", 1, "classifier.safetensors"
+HEADER, FORMAT, NAME = CLASSIFIER, 1, CLASSIFIER_FILE
 ADAPTER_KEYS, HEAD_KEYS = "adapter.", "head."
 
 
@@ -144,21 +147,13 @@ def read_classifier(path: str | Path) -> ClassifierFile:
     return ClassifierFile(about["model"], method, config, state, head, names, made, mark, training)
 
 
-def is_classifier(path: Path) -> bool:
-    """Whether a safetensors file has our header; False also of one that cannot be read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return HEADER in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def described_classifier(path: Path) -> dict[str, Any]:
-    """What such a file is, for `sd-atoms inspect`; its network is not opened.
+def describe_classifier(path: Path) -> dict[str, Any]:
+    """Says what a classifier is, without its network.
 
     Returns:
-        `file`, `bytes`, `model`, `method`, `settings` of the adapter or None, `class_names`, `numbers` of the adapter
-        (atoms come with those they started from), `head_numbers`, `preprocessing`, `training`.
+        `file`, `bytes`, `kind`, `model`, `method`; `mode` of its adapter in a few words and `trained_numbers` of it,
+        None and 0 of a head alone; `head_numbers`, `class_names`, `preprocessing`, `training`; `accuracy` (value, n,
+        low, high) on the test images, of the metrics.json of the same run beside it, None without one.
 
     Raises:
         UserError: as `read_classifier`.
@@ -167,15 +162,28 @@ def described_classifier(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
+        "kind": "classifier",
         "model": file.model,
         "method": file.method,
-        "settings": None if file.config is None else kept_settings(file.config),
-        "class_names": list(file.class_names),
-        "numbers": sum(value.numel() for value in file.state.values()),
+        "mode": None if file.config is None else mode_of(file.config, file.state),
+        "trained_numbers": trained_numbers(file.config, file.state),
         "head_numbers": sum(value.numel() for value in file.head.values()),
+        "class_names": list(file.class_names),
         "preprocessing": asdict(file.preprocessing),
         "training": dict(file.training),
+        "accuracy": _accuracy(path.parent / METRICS, file),
     }
+
+
+def _accuracy(path: Path, file: ClassifierFile) -> dict[str, Any] | None:
+    """What a run ended with, if it is the one that a file is of."""
+    try:
+        metrics = parse_json(path.read_text(encoding="utf-8"))
+        same = metrics["training"]["steps"] == file.training["steps"]
+        same = same and list(metrics["test"]["by_class"]) == list(file.class_names)
+        return metrics["test"]["accuracy"] if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classifier, ClassifierFile]:

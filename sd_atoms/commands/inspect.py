@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_atoms.classify.file import NAME as CLASSIFIER
-from sd_atoms.classify.file import described_classifier, is_classifier
+from sd_atoms.classify.file import describe_classifier
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.pipeline.architectures import ARCHITECTURES
-from sd_atoms.pipeline.artefact_files import LORA_FILE, WEIGHTS_FILE, is_ours
+from sd_atoms.pipeline.artefact_files import LORA_FILE, WEIGHTS_FILE, classifier_file, is_ours
 from sd_atoms.pipeline.description import describe_file
 from sd_atoms.pipeline.inspection import inspect_adapter, inspect_architecture
 from sd_atoms.report.atoms import Change, atoms_figure
-from sd_atoms.report.classifier import classifier_text
-from sd_atoms.report.description import description_text
+from sd_atoms.report.description import classifier_text, description_text
 from sd_atoms.report.inspection import adapter_text, architecture_text
 from sd_atoms.settings import setting
 from sd_atoms.training.adapter import checkpoint_of, open_adapter
@@ -32,7 +30,7 @@ class Settings:
         None,
         WHAT,
         "a folder, one .safetensors file, a run's checkpoint, or a hub id; a file of another program is measured with "
-        "--base, and told about without",
+        "--base, and told about without, as a classifier is",
         positional=True,
     )
     arch: str | None = setting(
@@ -62,21 +60,20 @@ def run(settings: Settings) -> None:
     """
     if (settings.adapter is None) == (settings.arch is None):
         raise UserError("inspect takes either an ADAPTER or --arch; see sd-atoms inspect --help")
-    if settings.arch:
+    classifier = None if settings.arch else classifier_file(Path(settings.adapter).expanduser())
+    if settings.arch or classifier:
         of_adapters = ("pretrained_model_name_or_path", "base_config", "top", "plot")
         unused = [f"--{name}" for name in of_adapters if getattr(settings, name) is not None]
         if unused:
-            raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for --arch")
+            raise UserError(f"{', '.join(unused)}: for an ADAPTER, not for {classifier or '--arch'}")
     if settings.plot and Path(settings.plot).suffix.lower() != ".png":
         raise UserError(f"--plot {settings.plot}: the name of a .png file is needed")
     check_outputs(settings.overwrite, plot=settings.plot, json=settings.json)
     if settings.arch:
         result = inspect_architecture(settings.arch)
         print(architecture_text(result))
-    elif (path := _classifier_file(settings.adapter)) is not None:
-        if settings.plot or settings.top is not None or settings.pretrained_model_name_or_path is not None:
-            raise UserError(f"--plot, --top, --base: {path} is a classifier; sd-atoms classify evaluates and draws it")
-        result = described_classifier(path)
+    elif classifier:
+        result = describe_classifier(classifier)
         print(classifier_text(result))
     elif settings.pretrained_model_name_or_path is None and (path := _foreign_file(settings.adapter)):
         if settings.plot or settings.top is not None:
@@ -96,13 +93,6 @@ def run(settings: Settings) -> None:
     if settings.plot:
         with replacing(settings.plot) as temporary:
             draw_adapter(result).savefig(temporary, format="png")
-
-
-def _classifier_file(source: str) -> Path | None:
-    """The file that a source is, if it is a classifier of ours, or the run folder of one."""
-    path = Path(source).expanduser()
-    path = path / CLASSIFIER if (path / CLASSIFIER).is_file() else path
-    return path if path.suffix == ".safetensors" and is_classifier(path) else None
 
 
 def _foreign_file(source: str) -> Path | None:

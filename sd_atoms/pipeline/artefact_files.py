@@ -37,6 +37,7 @@ from sd_atoms.tuner import AtomsConfig
 
 ATOMS_FORMAT, FORMAT = 1, 2
 HEADER = "sd_atoms"
+CLASSIFIER, CLASSIFIER_FILE = "sd_atoms_classifier", "classifier.safetensors"  # its header, and its name in a run
 IMPORTED = "imported"  # the method of what another program made
 ROWS = "token_rows"
 CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
@@ -126,6 +127,8 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
         path = path / "adapter"  # a run folder stands for its adapter
     if not path.exists():
         path = _download(str(source), revision)
+    if classifier_file(path):
+        raise UserError(f"{source}: is a classifier, which `sd-atoms classify` takes, and no adapter of a pipeline")
     artefact = _read_file(path) if path.is_file() else _read_folder(path)
     files = [path] if path.is_file() else [*path.iterdir(), *(path / TEXT).glob("*")]
     size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".json"))
@@ -133,10 +136,20 @@ def read_artefact(source: str | Path, revision: str | None = None) -> Artefact:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a safetensors file has our header; False also of one that cannot be read."""
+    """Whether a safetensors file is an adapter with our header; False also of one that cannot be read."""
+    return _has_entry(path, HEADER)
+
+
+def classifier_file(path: Path) -> Path | None:
+    """The file of a classifier that a file or run folder is; None where it is none."""
+    file = path / CLASSIFIER_FILE if path.is_dir() else path
+    return file if _has_entry(file, CLASSIFIER) else None
+
+
+def _has_entry(path: Path, name: str) -> bool:
     try:
         with safe_open(path, "pt") as file:
-            return HEADER in (file.metadata() or {})
+            return name in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

@@ -154,15 +154,15 @@ def inspect_adapter(
         "part": part,
         "method": artefact.method,
         "config": _settings(artefact.config),
-        "mode": _mode(artefact.config, artefact.state) if artefact.is_atoms else artefact.method,
-        "trained_numbers": _trained(artefact.config, artefact.state),
+        "mode": mode_of(artefact.config, artefact.state) if artefact.is_atoms else artefact.method,
+        "trained_numbers": trained_numbers(artefact.config, artefact.state),
         "token_numbers": sum(row.numel() for row in artefact.tokens.values()),
         "text_encoder": None
         if artefact.text_config is None
         else {
-            "kind": _mode(artefact.text_config, artefact.text_state),
+            "kind": mode_of(artefact.text_config, artefact.text_state),
             "layers": len(artefact.text_layers),
-            "trained_numbers": _trained(artefact.text_config, artefact.text_state),
+            "trained_numbers": trained_numbers(artefact.text_config, artefact.text_state),
         },
         "relative_change": _relative(layers),
         "bias_change": _bias_change(modules.values()),
@@ -263,13 +263,13 @@ def _settings(config: PeftConfig | None) -> dict[str, Any] | None:
     return None if config is None else plain_settings(config)
 
 
-def _trained(config: PeftConfig | None, state: Mapping[str, torch.Tensor]) -> int:
+def trained_numbers(config: PeftConfig | None, state: Mapping[str, torch.Tensor]) -> int:
     """How many trained numbers there are among the tensors of an adapter; atoms come with those they started from."""
     counted = (key for key in state if not isinstance(config, AtomsConfig) or key.endswith(TRAINED_PARTS))
     return sum(state[key].numel() for key in counted)
 
 
-def _mode(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:
+def mode_of(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:
     """What an adapter of any tuner is, in a few words."""
     if isinstance(config, ImportedConfig):
         kinds = sorted({kind_of(parts) or "bias" for parts in config.parts.values()})
