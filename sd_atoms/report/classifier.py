@@ -10,79 +10,107 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from sd_atoms.report.fonts import lettering
 from sd_atoms.report.markdown import escaped, table
 
-MOST_NAMED = 200  # classes whose names fit beside a matrix
-WORST, MOST_LISTED = 5, 10
+MOST_COUNTED = 20  # classes whose counts can be read in a matrix
+MOST_NAMED = 200  # classes whose names fit beside one
+MOST_LETTERS = 24  # of such a name
+MOST_PAIRS = 30  # of classes that are confused
+NAME_INCHES, LARGE_INCHES, LIST_INCHES = 0.13, 14, 5.2
+WORST = 5
 TITLE_WIDTH = 28  # letters above a picture of a sheet
 
 
-def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """The matrix as shares of each row (a row is a class, a column what was said), numbers in it where they fit."""
+def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> tuple[Figure, list[str]]:
+    """The matrix as shares of each row (a row is a class, a column what was said), and lines on what is not drawn.
+
+    The counts stand in it where they fit; else small shares are darkened, by their root, and the classes that are
+    confused most stand beside it. Names are along the sides of up to MOST_NAMED classes.
+    """
     counts = np.array(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    classes = len(class_names)
-    few = classes <= 40
-    side = max(4, 1.8 + 0.32 * classes) if few else min(32, 8.4 + 0.15 * classes)
-    figure = Figure(figsize=(side, side), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("said")
-    axes.set_ylabel("is")
-    if classes <= MOST_NAMED:
-        names = [name if len(name) <= 24 else f"{name[:23]}…" for name in drawable(class_names)]
-        axes.set_xticks(range(classes), names, rotation=90, fontsize=7 if few else 6)
-        axes.set_yticks(range(classes), names, fontsize=7 if few else 6)
-    if classes <= 20:
-        for row, column in np.argwhere(counts > 0):
+    classes, letters = len(class_names), lettering(class_names, MOST_LETTERS)
+    side = max(4, 1.8 + classes * min(0.32, max(NAME_INCHES, 12.2 / classes)))
+    side = side if classes <= MOST_NAMED else LARGE_INCHES
+    few = classes <= MOST_COUNTED
+    with rc_context({"font.family": letters.families}):
+        size = (side if few else side + LIST_INCHES, side)
+        figure = Figure(figsize=size, dpi=130, layout="compressed", facecolor="white")
+        FigureCanvasAgg(figure)
+        if few:
+            axes = figure.subplots()
+        else:
+            axes, panel = figure.subplots(1, 2, width_ratios=(side, LIST_INCHES))
+            _list_confused(panel, counts, letters.drawn)
+        axes.imshow(shares, cmap="Blues", norm=PowerNorm(1 if few else 0.5, 0, 1))
+        axes.set_xlabel("said")
+        axes.set_ylabel("is")
+        if classes <= MOST_NAMED:
+            axes.set_xticks(range(classes), letters.drawn, rotation=90, fontsize=7)
+            axes.set_yticks(range(classes), letters.drawn, fontsize=7)
+        for row, column in np.argwhere(counts > 0) if few else ():
             colour = "white" if shares[row, column] > 0.5 else "black"
             text = f"{counts[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
-    return figure
+    return figure, letters.notes
 
 
-def drawable(class_names: Sequence[str]) -> list[str]:
-    """The names as a figure can show them: its font lacks many scripts, and a number says more than boxes."""
-    font = get_font(findfont(FontProperties()))
-    return [
-        name if all(letter.isspace() or font.get_char_index(ord(letter)) for letter in name) else f"class {label}"
-        for label, name in enumerate(class_names)
-    ]
+def _list_confused(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
+    """The pairs of classes (is, said) that are confused most, with how many images of the class are."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    pairs = [pair for pair in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[pair]]
+    shares = [f"{wrong[row, column]:.0f} of {counts[row].sum():.0f}" for row, column in pairs]
+    said = [f"{names[row]} → {names[column]}" for row, column in pairs]
+    how = dict(va="top", fontsize=10, linespacing=1.5)
+    axes.set_axis_off()
+    axes.text(0.18, 1, "\n".join(["images", "", *shares]), ha="right", **how)
+    axes.text(0.21, 1, "\n".join(["confused most: is → said", "", *(said or ["none"])]), **how)
 
 
 def cam_sheet(
     names: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str], np.ndarray]]
-) -> Figure:
+) -> tuple[Figure, list[str]]:
     """Images in rows, as the first classifier takes them; beside each what every classifier looks at.
 
     Args:
         names: the class of each image.
         columns: of each classifier its title, the images (h, w, 3) in [0, 1] as it takes them, what it said of each,
             and maps (N, h, w) in [0, 1].
+
+    Returns:
+        the figure, and lines on the names that it has by numbers.
     """
-    titles = [textwrap.fill(title, TITLE_WIDTH) for title, *_ in columns]
+    answers = (name for _, _, said, _ in columns for name in said)
+    texts = [*dict.fromkeys([*names, *answers, *(title for title, *_ in columns)])]
+    letters = lettering(texts)
+    drawn = dict(zip(texts, letters.drawn, strict=True))
+    titles = [textwrap.fill(drawn[title], TITLE_WIDTH) for title, *_ in columns]
     most_lines = max(title.count("\n") for title in titles) + 1
     height = 1.85 * len(names) + 0.2 + 0.1 * most_lines
-    figure = Figure(figsize=(1.7 * (len(columns) + 1), height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(names), len(columns) + 1, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for row, name in enumerate(names):
-        grid[row, 0].imshow(columns[0][1][row])
-        grid[row, 0].set_title(name, fontsize=7)
-        for column, (_, images, said, maps) in enumerate(columns, 1):
-            axes = grid[row, column]
-            axes.imshow(images[row])
-            axes.imshow(maps[row], cmap="jet", alpha=0.45, vmin=0, vmax=1)
-            right = "" if said[row] == name else f"said {said[row]}"
-            axes.set_title(f"{titles[column - 1]}\n{right}" if row == 0 else right, fontsize=7)
-    return figure
+    with rc_context({"font.family": letters.families}):
+        figure = Figure(figsize=(1.7 * (len(columns) + 1), height), dpi=130, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(names), len(columns) + 1, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for row, name in enumerate(names):
+            grid[row, 0].imshow(columns[0][1][row])
+            grid[row, 0].set_title(drawn[name], fontsize=7)
+            for column, (_, images, said, maps) in enumerate(columns, 1):
+                axes = grid[row, column]
+                axes.imshow(images[row])
+                axes.imshow(maps[row], cmap="jet", alpha=0.45, vmin=0, vmax=1)
+                right = "" if said[row] == name else f"said {drawn[said[row]]}"
+                axes.set_title(f"{titles[column - 1]}\n{right}" if row == 0 else right, fontsize=7)
+    return figure, letters.notes
 
 
 def scores_text(scores: Mapping[str, Any]) -> str:
@@ -105,21 +133,6 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}. "
         f"Most often mistaken: {most}."
     )
-
-
-def classifier_text(found: Mapping[str, Any]) -> str:
-    """What a classifier's file is, in a few lines."""
-    names, made, training = found["class_names"], found["preprocessing"], found["training"]
-    some = ", ".join(names[:MOST_LISTED]) + ", …" * (len(names) > MOST_LISTED)
-    lines = {
-        "file": f"{found['file']}, {found['bytes']:,} bytes",
-        "kind": f"classifier of {len(names)} classes: {some}",
-        "network": found["model"],
-        "method": f"{found['method']}, {found['numbers']:,} numbers; {found['head_numbers']:,} of the head",
-        "images": f"{made['size_px']} px, {made['crop_share']:.1%} of the shorter side",
-        "training": ", ".join(f"{name} {value}" for name, value in training.items()),
-    }
-    return "\n".join(f"{name:<12} {value}" for name, value in lines.items() if value)
 
 
 def summary_text(metrics: Mapping[str, Any], file: Path, confusion: Path, model: str | None) -> str:
@@ -205,27 +218,31 @@ def rows_csv(rows: Sequence[ClassifierRow]) -> str:
     return out.getvalue()
 
 
-def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> Figure:
-    """Left, test accuracy against trained parameters (Figure 6); right, train − test against them (Figure 7)."""
-    figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    for axes, name, label in zip(
-        figure.subplots(1, 2), ("test", "gap"), ("test accuracy", "train − test accuracy"), strict=True
-    ):
-        for row in rows:
-            value, low, high = getattr(row, name)
-            spread = None if low is None else [[100 * (value - low)], [100 * (high - value)]]
-            x = max(1, row.parameters)  # the head alone
-            axes.errorbar([x], [100 * value], yerr=spread, marker="o", markersize=5, linewidth=0.8, capsize=2)
-            axes.annotate(row.method, (x, 100 * value), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("trained parameters besides the head (1: none)", fontsize=9)
-        axes.set_ylabel(f"{label}, %", fontsize=9)
-        axes.grid(color="#e3e3e3", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    return figure
+def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> tuple[Figure, list[str]]:
+    """Left, test accuracy against trained parameters (Figure 6); right, train − test against them (Figure 7); and
+    lines on the names that are drawn as numbers: the methods count from 0, the title comes last.
+    """
+    letters = lettering([*(row.method for row in rows), title])
+    with rc_context({"font.family": letters.families}):
+        figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.suptitle(letters.drawn[-1], fontsize=10)
+        for axes, name, label in zip(
+            figure.subplots(1, 2), ("test", "gap"), ("test accuracy", "train − test accuracy"), strict=True
+        ):
+            for row, method in zip(rows, letters.drawn, strict=False):
+                value, low, high = getattr(row, name)
+                spread = None if low is None else [[100 * (value - low)], [100 * (high - value)]]
+                x = max(1, row.parameters)  # the head alone
+                axes.errorbar([x], [100 * value], yerr=spread, marker="o", markersize=5, linewidth=0.8, capsize=2)
+                axes.annotate(method, (x, 100 * value), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            axes.set_xscale("log")
+            axes.set_xlabel("trained parameters besides the head (1: none)", fontsize=9)
+            axes.set_ylabel(f"{label}, %", fontsize=9)
+            axes.grid(color="#e3e3e3", linewidth=0.7)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+    return figure, letters.notes
 
 
 def share_text(figure: tuple[float, float | None, float | None]) -> str:

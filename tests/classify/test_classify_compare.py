@@ -8,6 +8,7 @@ import yaml
 from small import COLOURS, coloured, write_classes, write_model
 
 from sd_atoms.cli import main
+from sd_atoms.commands.classify.compare import image_problems
 from sd_atoms.jobs.classifiers import read_classifier_plan
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.classifier_tasks import group_means, mean_rows, tasks_markdown
@@ -115,14 +116,36 @@ def test_tasks_of_vtab_by_vtab_run(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_all_tasks_whose_images_are_not_there_are_named_before_any_run(tmp_path, capsys):
-    path = on_tasks(tmp_path, tasks="patch_camelyon,dtd,svhn")
-    assert main(["classify", "compare", path]) == 2
-    said = capsys.readouterr().err
-    assert "2 of 3 sets of images cannot be used:" in said
-    assert "dtd" in said
-    assert "svhn" in said
+def test_the_images_of_all_tasks_are_looked_at_before_the_first_run(tmp_path, capsys):
+    path = on_tasks(tmp_path, tasks="dtd,patch_camelyon,svhn,cifar")
+    vtab = tmp_path / "vtab"
+    (vtab / "cifar").mkdir()
+    (vtab / "cifar" / "train800val200.txt").write_text("images/a.jpg 0\n")
+    for more in ([], ["--dry_run"]):
+        assert main(["classify", "compare", path, *more]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-2] == f"  {vtab / 'cifar' / 'train800val200.txt'}, line 1: images/a.jpg is missing"
+        assert lines[-1] == f"  data_dir: {vtab}: lacks 2 of 4 tasks: dtd, svhn"
     assert not (tmp_path / "out").exists()
+    on_tasks(tmp_path, tasks="dtd", data_dir=str(tmp_path / "nowhere"))
+    assert main(["classify", "compare", path, "--dry_run"]) == 0
+    assert "not here: data_dir: " in capsys.readouterr().out
+    assert main(["classify", "compare", path]) == 2
+    assert "lacks 1 of 1 tasks: dtd" in capsys.readouterr().err
+
+
+def test_the_images_of_every_method_are_looked_at_and_not_those_of_runs_that_are_done(tmp_path, capsys):
+    own = {"method": "head", "data": str(tmp_path / "other.csv")}
+    path = experiment(tmp_path, methods={"head": None, "others": own})
+    (tmp_path / "other.csv").write_text("a.png,red\nb.png,blue\n")
+    assert main(["classify", "compare", path]) == 2
+    assert "other.csv, line 1: a.png is missing" in " ".join(capsys.readouterr().err.split("\n"))
+    for seed in ("head/seed-3", "others/seed-3"):
+        done = tmp_path / "out" / "runs" / seed / "metrics.json"
+        done.parent.mkdir(parents=True)
+        done.write_text("{}")
+    plan = read_classifier_plan(path, {})
+    assert image_problems(plan) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from small import coloured
 from sd_atoms.classify.models import Preprocessing
 from sd_atoms.classify.scores import calibration_error, scores_of
 from sd_atoms.classify.training import centre_crop, random_box
-from sd_atoms.report.classifier import drawable, scores_text
+from sd_atoms.report.classifier import scores_text
 
 
 def test_accuracy_classes_and_confusion():
@@ -55,10 +55,6 @@ def test_a_random_crop_has_at_least_its_share():
         assert 0 <= left < right <= 100
         assert 0 <= top < bottom <= 60
         assert (right - left) * (bottom - top) >= 0.29 * 6000
-
-
-def test_figures_name_classes_by_number_where_their_font_has_no_such_letters():
-    assert drawable(["chat", "café", "猫", "gatto nero"]) == ["chat", "café", "class 2", "gatto nero"]
 
 
 def test_the_commonest_mistakes_are_told():

@@ -49,21 +49,6 @@ def test_a_run_leaves_its_file_figures_and_picture(trained):
     assert "/" not in load_header(trained / NAME)["model"]
 
 
-def test_inspect_says_what_its_file_is(trained, tmp_path, capsys):
-    for source in (trained, trained / NAME):
-        assert main(["inspect", str(source), "--json", str(tmp_path / f"{source.name}.json")]) == 0
-        said = capsys.readouterr().out
-        assert "classifier of 3 classes: blue, green, red" in said
-        assert "atoms, " in said
-        found = json.loads((tmp_path / f"{source.name}.json").read_text())
-        assert found["head_numbers"] == 3 * 16 + 3
-        assert found["numbers"] == sum(
-            value.numel() for key, value in load_file(trained / NAME).items() if key.startswith("adapter.")
-        )
-    assert main(["inspect", str(trained), "--plot", str(tmp_path / "a.png")]) == 2
-    assert "is a classifier" in capsys.readouterr().err
-
-
 def load_header(path):
     from safetensors import safe_open
 
@@ -94,6 +79,41 @@ def test_it_is_tested_again_and_says_the_same(place, trained, tmp_path, capsys):
     assert "test images right" in capsys.readouterr().out
     assert main(["classify", "evaluate", f"--classifier={trained}", f"--data={place / 'set'}", f"--json={path}",
                  f"--model={place / 'model'}"]) == 2  # fmt: skip
+
+
+def test_inspect_says_what_it_is(place, trained, tmp_path, capsys):
+    assert main(["inspect", str(trained), f"--json={tmp_path / 'told.json'}"]) == 0
+    said, told = capsys.readouterr().out, json.loads((tmp_path / "told.json").read_text())
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {name: told[name] for name in ("trained_numbers", "head_numbers")} == {
+        name: metrics["training"][name] for name in ("trained_numbers", "head_numbers")
+    }
+    assert told["accuracy"] == metrics["test"]["accuracy"]
+    for line in ("kind         classifier", "method       atoms: m=9, svd solver", "classes      3: blue, green, red",
+                 f"accuracy     {told['accuracy']['value']:.1%} of 6 test images"):  # fmt: skip
+        assert line in said
+    shutil.copy(trained / NAME, tmp_path / "moved.safetensors")  # without its run
+    assert main(["inspect", str(tmp_path / "moved.safetensors")]) == 0
+    assert "accuracy     not known here" in capsys.readouterr().out
+    for words_, message in (
+        (["inspect", str(trained), "--top=3"], "--top: for an ADAPTER, not for"),
+        (["export", str(trained), "--to=lora"], "is a classifier, which `sd-atoms classify` takes"),
+        (["export", str(trained / NAME), "--to=lora"], "is a classifier, which `sd-atoms classify` takes"),
+    ):
+        assert main(words_) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_skipped_is_told_briefly(place, tmp_path, capsys):
+    shutil.copytree(place / "set", tmp_path / "set")
+    for number in range(22):
+        coloured("red", number).resize((8, 8)).save(tmp_path / "set" / "red" / f"small{number}.png")
+    small = dict(data=tmp_path / "set", on_bad_image="skip", test_data=place / "set", max_train_steps=1)
+    (tmp_path / "all").mkdir()
+    assert main([*words(place, tmp_path / "run", **small)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Skipped: ") == 21
+    assert "Skipped: … and 2 more" in said
 
 
 def test_images_are_told(place, trained, tmp_path, capsys):

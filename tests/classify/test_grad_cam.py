@@ -171,7 +171,7 @@ def test_each_column_of_a_sheet_has_its_own_images_and_a_title_that_fits():
          rng.random((2, side, side)))
         for side in (8, 12)
     ]  # fmt: skip
-    figure = cam_sheet(["a", "a"], columns)
+    figure, _ = cam_sheet(["a", "a"], columns)
     shapes = [[image.get_array().shape[:2] for image in axes.get_images()] for axes in figure.axes]
     assert shapes == [[(8, 8)], [(8, 8)] * 2, [(12, 12)] * 2] * 2
     figure.canvas.draw()

@@ -18,7 +18,7 @@ from sd_atoms.evaluation.intervals import mean_figure, share_figure
 from sd_atoms.files import check_outputs, replacing, write_json
 from sd_atoms.machine import make_accelerator, read_ahead
 from sd_atoms.progress import followed
-from sd_atoms.report.classifier import cam_sheet, drawable
+from sd_atoms.report.classifier import cam_sheet
 from sd_atoms.report.table import text_table
 from sd_atoms.settings import section, setting
 
@@ -62,7 +62,6 @@ def run(settings: Settings) -> None:
     found = open_tests(settings.tested, [read_classifier(place) for place in places])
     records = some_of(found.test, settings.images, f"{settings.tested.seed or 0}/cam")
     names = [found.class_names[record.label] for record in records]
-    texts = dict(zip(found.class_names, drawable(found.class_names), strict=True))
     shown = range(min(settings.shown, len(records)))
     images = list(followed(read_ahead(ImageRecord.read, records), len(records), "Reading", "image"))
     device = make_accelerator().device
@@ -79,12 +78,14 @@ def run(settings: Settings) -> None:
         figures = {"active": size.entries(), "empty_maps": empty, "accuracy": right.entries()}
         told.append({"classifier": place, "layer": layer, **figures})
         crops = [_pixels(centre_crop(images[number], classifier.preprocessing)) for number in shown]
-        answers = [texts.get(name, name) for name in (file.class_names[said[number]] for number in shown)]
+        answers = [file.class_names[said[number]] for number in shown]
         columns.append((f"{file.method}: {place}", crops, answers, maps[: len(shown)].numpy()))
-    sheet = cam_sheet([texts[names[number]] for number in shown], columns)
+    sheet, notes = cam_sheet([names[number] for number in shown], columns)
     with replacing(Path(settings.out)) as temporary:
         sheet.savefig(temporary, format="png")
     print(sizes_text(told))
+    for note in notes:
+        print(note)
     print(
         f"{settings.out} shows {len(shown)} of the {len(records)} images. Maps are of each image's own class; one is "
         "empty where nothing at that layer speaks for it"

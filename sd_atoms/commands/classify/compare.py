@@ -8,10 +8,13 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sd_atoms.commands.classify.train import opened_set
+from sd_atoms.commands.classify.train import is_here, opened_set
 from sd_atoms.data.captions import refuse
+from sd_atoms.data.labelled import task_folder
+from sd_atoms.data.vtab import Task
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
 from sd_atoms.jobs.classifiers import (
@@ -26,9 +29,13 @@ from sd_atoms.jobs.classifiers import (
 )
 from sd_atoms.jobs.cluster import ClusterSettings, do_jobs
 from sd_atoms.jobs.queue import HOW, Job, QueueSettings, status_text
+from sd_atoms.progress import followed
 from sd_atoms.report.classifier import accuracy_figure, rows_csv, rows_markdown
 from sd_atoms.report.classifier_tasks import group_means, mean_rows, tasks_csv, tasks_markdown
 from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, unmet_needs
+from sd_atoms.training.run_folder import METRICS
+
+UNUSABLE = "images that cannot be used:"
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Working:
 
     queue: QueueSettings = section(QueueSettings)
     cluster: ClusterSettings = section(ClusterSettings)
-    dry_run: bool = setting(False, HOW, "only list the runs")
+    dry_run: bool = setting(False, HOW, "only list the runs, and check the images that are here")
     report: bool = setting(True, HOW, "write the report at the end")
 
 
@@ -84,7 +91,7 @@ def compare(
         flags: that win over it.
         queue, cluster: how and where.
         words: that start it again, for workers elsewhere.
-        dry_run: only list the runs.
+        dry_run: only list the runs, and check the images that are here.
         with_report: write the report at the end.
 
     Raises:
@@ -98,12 +105,17 @@ def compare(
             length = f"{loop.num_train_epochs} epochs" if loop.num_train_epochs else f"{loop.max_train_steps} steps"
             print(f"{own.name}: {length}")
         print(f"{len(plan.runs)} runs")
+        wrong, absent = image_problems(plan)
+        for problem in absent:
+            print(f"not here: {problem}")
+        refuse(wrong, UNUSABLE)
         return
     if queue.status:
         print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
     check_folder(plan.runs)
-    check_images(plan)
+    wrong, absent = image_problems(plan)  # said once, before any run
+    refuse([*wrong, *absent], UNUSABLE)
     failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
     if with_report:
         # of all methods of the file, those that another call has done too
@@ -112,15 +124,40 @@ def compare(
         raise SystemExit(1)
 
 
-def check_images(plan: ClassifierPlan) -> None:
-    """Says what is wrong with the images of any task, once and before any run; raises UserError."""
-    problems = []
-    for own in {run.task: run.config for run in plan.runs}.values():
+def image_problems(plan: ClassifierPlan) -> tuple[list[str], list[str]]:
+    """What is wrong with the images of all runs that are not done: of those that are here, and where none are.
+
+    Lists, labels and the presence of files are looked at, no image is decoded.
+    """
+    sources, wrong, absent, lacking = {}, [], [], []
+    for run in plan.runs:
+        data = run.config.data
+        if not (Path(run.config.output.output_dir) / METRICS).exists():
+            # another seed splits the same images
+            sources.setdefault((data.data, data.dataset_dir, data.test_data, data.test_share), run)
+    tasks = {task.name: task for task in plan.tasks}
+    for run in followed(sources.values(), len(sources), "Checking images", "data set"):
+        data = run.config.data
         try:
-            opened_set(own)
+            if run.task and not _is_there(tasks[run.task], data.dataset_dir):
+                lacking.append(run.task)
+            else:
+                opened_set(run.config)
         except UserError as error:
-            problems.append(str(error))
-    refuse(problems, f"{len(problems)} of {len(plan.tasks) or 1} sets of images cannot be used:")
+            (wrong if is_here(run.config) else absent).append(str(error))
+    if lacking:
+        place = plan.runs[0].config.data.dataset_dir
+        problem = f"data_dir: {place}: lacks {len(lacking)} of {len(tasks)} tasks: {', '.join(lacking)}"
+        (wrong if is_here(plan.runs[0].config) else absent).append(problem)
+    return wrong, absent
+
+
+def _is_there(task: Task, place: str) -> bool:
+    try:
+        task_folder(task, place)
+    except UserError:
+        return False
+    return True
 
 
 def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:
@@ -142,10 +179,12 @@ def report(plan: ClassifierPlan, failed: Mapping[str, str]) -> None:
     write_text(folder / "table.md", markdown)
     write_text(folder / "table.csv", table)
     write_json(folder / "results.json", {**results, "failed": dict(failed)})
+    notes = []
     if rows:  # of tasks, the means of methods that are done with all
+        figure, notes = accuracy_figure(title, rows)
         with replacing(folder / "accuracy.png") as temporary:
-            accuracy_figure(title, rows).savefig(temporary, format="png")
-    print(f"\n{markdown}\n{folder} has it{', with accuracy.png' * bool(rows)}")
+            figure.savefig(temporary, format="png")
+    print("\n".join(["", markdown, f"{folder} has it{', with accuracy.png' * bool(rows)}", *notes]))
 
 
 def _seconds(job: Job) -> float | None:

@@ -51,5 +51,8 @@ def run(settings: Settings) -> None:
     if settings.json:
         write_json(Path(settings.json), scores)
     if settings.confusion:
+        figure, notes = confusion_figure(scores["confusion"], file.class_names)
         with replacing(Path(settings.confusion)) as temporary:
-            confusion_figure(scores["confusion"], file.class_names).savefig(temporary, format="png")
+            figure.savefig(temporary, format="png")
+        for note in notes:
+            print(note)

@@ -14,7 +14,7 @@ from sd_atoms.classify.scores import logits_of, scores_of
 from sd_atoms.classify.training import adapt, data_digests, train_classifier, trained_counts
 from sd_atoms.data.checked import usable
 from sd_atoms.data.records import ImageRecord
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, first_lines
 from sd_atoms.files import replacing, write_json
 from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
 from sd_atoms.report.classifier import confusion_figure, summary_text
@@ -109,12 +109,15 @@ def run(config: ClassifyConfig) -> Path:
             "test": tested,
             "train": {name: learned[name] for name in ("accuracy", "cross_entropy")},
         }
-        figure = folder / IMAGES / "confusion.png"
-        with replacing(figure) as temporary:
-            confusion_figure(tested["confusion"], found.class_names).savefig(temporary, format="png")
+        picture = folder / IMAGES / "confusion.png"
+        figure, notes = confusion_figure(tested["confusion"], found.class_names)
+        with replacing(picture) as temporary:
+            figure.savefig(temporary, format="png")
         write_json(folder / METRICS, metrics)
         known = told_model(network.model) == network.model
-        print(summary_text(metrics, folder / NAME, figure, None if known else network.model))
+        print(summary_text(metrics, folder / NAME, picture, None if known else network.model))
+        for note in notes:
+            print(note)
     accelerator.end_training()
     return folder
 
@@ -137,8 +140,8 @@ def plan_text(config: ClassifyConfig) -> str:
         classes = len(found.class_names)
         told = f"{images:,} to learn from, {tests:,} to test on, {classes} classes"
     except UserError as error:
-        if Path(config.data.data).expanduser().exists() or config.data.dataset_dir:
-            raise  # they are here, and wrong
+        if is_here(config):
+            raise  # and wrong
         told = f"not here: {error}"
     try:
         classifier = opened_classifier(config, classes or 2)
@@ -187,6 +190,11 @@ def told_model(name: str) -> str:
     return name if name.startswith(TIMM) else public_name(name)
 
 
+def is_here(config: ClassifyConfig) -> bool:
+    """Whether there is something at the place of the images."""
+    return Path(config.data.dataset_dir or config.data.data).expanduser().exists()
+
+
 def opened_set(config: ClassifyConfig) -> LabelledSet:
     """The images that the settings name; raises UserError as `open_set` does."""
     data = config.data
@@ -200,7 +208,7 @@ def opened_set(config: ClassifyConfig) -> LabelledSet:
 
 
 def labelled_images(config: ClassifyConfig, accelerator) -> tuple[LabelledSet, list[str]]:
-    """The images of a run, checked, and a line on each that was left out; raises UserError as `open_set` does."""
+    """The images of a run, checked, and lines on those that were left out; raises UserError as `open_set` does."""
     data, seed = config.data, config.loop.seed
     found = opened_set(config)
     cache = Path(data.cache_dir) if data.cache_dir else None
@@ -212,7 +220,7 @@ def labelled_images(config: ClassifyConfig, accelerator) -> tuple[LabelledSet, l
         chosen = some_of(records, most, f"{seed}/{what}")
         good, skipped = usable(chosen, data.on_bad_image, accelerator, cache)
         sets.append(good)
-        notes += skipped
+        notes += [f"Skipped: {note}" for note in first_lines(skipped)]
     had, learned = ({record.label for record in records} for records in (found.train, sets[0]))
     lost = [found.class_names[label] for label in sorted(had - learned)]
     if lost:
