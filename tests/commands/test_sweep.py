@@ -38,7 +38,9 @@ def swept(tmp_path_factory):
     """A finished sweep of two rates, scored."""
     folder = tmp_path_factory.mktemp("swept")
     (folder / "templates.txt").write_text("photo of a {}.\nThe {} overlooks a serene lake.\n")
-    words = write(folder, prompts_file=str(folder / "templates.txt"), clip_model_name_or_path="pocket:clip")
+    # smaller, or in fewer steps, there is nothing to see that could be scored
+    scored = dict(clip_model_name_or_path="pocket:clip", num_inference_steps=8, resolution=128)
+    words = write(folder, prompts_file=str(folder / "templates.txt"), **scored)
     assert main(["sweep", *words, "--vary", RATES]) == 0
     return folder / "sweep"
 
