@@ -26,3 +26,19 @@ def first_lines(lines: Sequence[str]) -> list[str]:
     """The first lines of a list, and one on how many more there are."""
     more = len(lines) - MOST_TOLD
     return [*lines[:MOST_TOLD], f"… and {more:,} more"] if more > 0 else [*lines]
+
+
+def refuse(problems: Sequence[str], heading: str) -> None:
+    """Raises all problems as one error, of many the first ones; none is silence.
+
+    Args:
+        problems: one line each.
+        heading: the line above several.
+
+    Raises:
+        UserError: one line for one problem; the heading and an indented line each for several, `first_lines` of them.
+    """
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError("\n  ".join([heading, *first_lines(problems)]))

@@ -7,10 +7,7 @@ part of the program that uses them; flags and YAML keys are those of all section
 
 import argparse
 import dataclasses
-import difflib
-import math
 import os
-import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +18,7 @@ import yaml
 
 from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_file
+from sd_atoms.values import coerce, near, shown
 
 
 def setting(
@@ -141,11 +139,6 @@ def build(settings: type, values: Mapping[str, Any]) -> Any:
     return settings(**own, **rest)
 
 
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict, _short.maxset = 3, 6, 6, 6, 6
-_short.maxstring = _short.maxother = _short.maxlong = 300
-
-
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as UserError, so that every command ends alike."""
 
@@ -204,7 +197,7 @@ def resolve(
         UserError: everything that is wrong, in one line.
     """
     fields = fields_of(settings)
-    problems = [f"unknown flag {word}{_near(word.lstrip('-'), fields)}" for word in unknown if word.startswith("--")]
+    problems = [f"unknown flag {word}{near(word.lstrip('-'), fields)}" for word in unknown if word.startswith("--")]
     problems += [f"unexpected word {word!r}" for word in unknown[:1] if not word.startswith("--")]
     values = launcher_settings(settings)
     for origin, entries in ((config_path, read_config(config_path) if config_path else {}), (None, flags)):
@@ -323,14 +316,6 @@ def plain_values(values: Any) -> dict[str, Any]:
     }
 
 
-def shown(value: Any) -> str:
-    """A value for a message: its repr, cut where it is long, which in YAML with aliases can be without end."""
-    try:
-        return _short.repr(value)
-    except ValueError:  # Python writes out no whole number of more than 4300 digits
-        return "so large a number"
-
-
 def coerced(settings: type, name: Any, value: Any) -> Any:
     """A value as the setting of that name has it.
 
@@ -339,13 +324,13 @@ def coerced(settings: type, name: Any, value: Any) -> Any:
     """
     fields = fields_of(settings)
     if name not in fields:
-        raise ValueError(f"unknown key {shown(name)}{_near(name if isinstance(name, str) else '', fields)}")
+        raise ValueError(f"unknown key {shown(name)}{near(name if isinstance(name, str) else '', fields)}")
     owner, field = fields[name]
     item = field.metadata["item"]
     if field.metadata["many"]:
-        return tuple(_coerce(field, str, entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+        return tuple(coerce(field, str, entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
     if item is None or value is None:
-        return _coerce(field, _kind(owner, name), value)
+        return coerce(field, _kind(owner, name), value)
     return _items(item, value)
 
 
@@ -373,56 +358,3 @@ def _kind(owner: type, name: str) -> type:
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
-
-
-def _coerce(field: dataclasses.Field, kind: type, value: Any) -> Any:
-    meta = field.metadata
-    no_text = kind is not str or (meta["file"] and not meta["required"])  # a file of that name is ./none
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and no_text):
-        if field.default is None and (meta["unless"] or not meta["required"]):
-            return None
-        raise ValueError(f"None is not allowed, {_allowed(meta, kind)}")
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{shown(value)} is not true or false")
-        return value
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{shown(value)} is a {type(value).__name__}, text is needed (quote it)")
-        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"{shown(value)} holds characters that are no text")
-        result = value
-    else:
-        if isinstance(value, bool):
-            raise ValueError(f"{shown(value)} is not a number, {_allowed(meta, kind)}")
-        try:
-            result = kind(value)  # YAML reads 1e-2 as text; float() reads it as a number
-            whole = kind is float or float(value) == result
-        except (TypeError, ValueError, OverflowError):
-            whole = False
-        if not whole:
-            raise ValueError(
-                f"{shown(value)} is not {'a whole number' if kind is int else 'a number'}, {_allowed(meta, kind)}"
-            )
-        low, high = meta["low"], meta["high"]
-        if not (math.isfinite(result) and (low is None or result >= low) and (high is None or result <= high)):
-            raise ValueError(f"{shown(result)} is out of range, {_allowed(meta, kind)}")
-    if meta["choices"] and result not in meta["choices"]:
-        raise ValueError(f"{shown(result)} is not one of {', '.join(meta['choices'])}")
-    return result
-
-
-def _allowed(meta: Mapping[str, Any], kind: type) -> str:
-    low, high = meta["low"], meta["high"]
-    if low is not None and high is not None:
-        return f"{low} to {high} is allowed"
-    if low is not None:
-        return f"{low} or more is allowed"
-    if high is not None:
-        return f"at most {high} is allowed"
-    return f"{'a number' if kind in (int, float) else 'text'} is needed"
-
-
-def _near(word: str, names: Mapping[str, Any]) -> str:
-    matches = difflib.get_close_matches(word.split("=")[0], names, n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -8,7 +8,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.methods import all_methods, get_method
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.settings import coerced
-from sd_atoms.training.config import MethodSettings
+from sd_atoms.training.sections import MethodSettings
 from sd_atoms.tuner import named_targets
 
 FLOOR, NAIVE = "floor", "naive"

@@ -9,7 +9,7 @@ from sd_atoms.methods import Method
 from sd_atoms.methods.registry import all_methods, check_settings
 from sd_atoms.methods.table import METHODS
 from sd_atoms.settings import section, setting, unmet_needs
-from sd_atoms.training.config import (
+from sd_atoms.training.sections import (
     LR_SCHEDULES,
     LoopSettings,
     MethodSettings,

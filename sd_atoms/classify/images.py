@@ -11,12 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import natural_key, scan_folder
 from sd_atoms.data.labelled import task_images
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.data.vtab import PREFIX, load_task
-from sd_atoms.errors import UserError, shortlist
+from sd_atoms.errors import UserError, refuse, shortlist
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 CIFAR_SIDE_PX = 32

@@ -25,8 +25,8 @@ from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.methods.selective import parameters_of
 from sd_atoms.settings import replaced
 from sd_atoms.training.checkpoint import Progress
-from sd_atoms.training.config import budget_of
 from sd_atoms.training.noise import generator, image_number
+from sd_atoms.training.sections import budget_of
 from sd_atoms.training.steps import Hooks, run_steps, steps_of
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, named_targets
 

@@ -37,7 +37,7 @@ from sd_atoms.settings import launcher_notes, replaced
 from sd_atoms.training.adapter import header
 from sd_atoms.training.base import open_base_of
 from sd_atoms.training.class_images import class_image_paths
-from sd_atoms.training.config import HubSettings, ImageSettings, OutputSettings, TrainConfig
+from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.dataset import class_prompts, data_digests, make_dataset
 from sd_atoms.training.diffusion import Outcome, add_adapters, sized, train_diffusion
 from sd_atoms.training.examples import Cropping
@@ -60,6 +60,7 @@ from sd_atoms.training.run_folder import (
     read_log,
     run_name,
 )
+from sd_atoms.training.sections import HubSettings, ImageSettings, OutputSettings
 from sd_atoms.training.tracking import start_trackers, track_images, trackers_of
 
 Settings = TrainConfig

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd_atoms.errors import UserError, first_lines, shortlist
+from sd_atoms.errors import UserError, refuse, shortlist
 from sd_atoms.files import parse_json
 
 METADATA = "metadata.jsonl"
@@ -73,22 +73,6 @@ def _beside(folder: Path, paths: Sequence[Path]) -> dict[Path, list[Path]]:
 def tidy(text: str) -> str:
     """A caption as a prompt: stripped and on one line."""
     return " ".join(text.strip().splitlines())
-
-
-def refuse(problems: Sequence[str], heading: str) -> None:
-    """Raises all problems as one error, of many the first ones; none is silence.
-
-    Args:
-        problems: one line each.
-        heading: the line above several.
-
-    Raises:
-        UserError: one line for one problem; the heading and an indented line each for several, `first_lines` of them.
-    """
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        raise UserError("\n  ".join([heading, *first_lines(problems)]))
 
 
 def _entries(metadata: Path, paths: Sequence[Path]) -> tuple[dict[Path, str], list[str], bool]:

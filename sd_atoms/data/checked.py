@@ -16,10 +16,9 @@ import PIL
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.masks import Mask, examined
 from sd_atoms.data.records import ImageRecord, ImageStats, image_stats
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, refuse
 from sd_atoms.files import replacing
 from sd_atoms.machine import on_main, read_ahead, shared_work
 from sd_atoms.progress import followed

@@ -14,13 +14,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.idx import find_idx, idx_images
 from sd_atoms.data.images import EXTENSIONS, scan_folder
 from sd_atoms.data.records import ImageRecord, image_record, table_images
 from sd_atoms.data.shards import shard_images
 from sd_atoms.data.vtab import Task, is_folder_of_a_task
-from sd_atoms.errors import UserError, shortlist
+from sd_atoms.errors import UserError, refuse, shortlist
 from sd_atoms.sources import is_hub_id
 
 LISTS = ("train800", "val200", "train800val200", "test")

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import EXTENSIONS, alpha_of, grey_of, masked_stem, open_image, read_upright
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, refuse
 
 FOLDER = "masks"
 MOST_COLOUR = 8  # of 255, between channels: what lossy files add to greys

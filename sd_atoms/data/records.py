@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from sd_atoms.data.captions import caption_files, folder_captions, refuse, tidy
+from sd_atoms.data.captions import caption_files, folder_captions, tidy
 from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
 from sd_atoms.data.masks import Mask, folder_masks, mask_files
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, refuse
 
 _A_TABLE = "the id of a data set on the hub, a folder written by save_to_disk, or one of images or parquet files"
 

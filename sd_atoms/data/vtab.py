@@ -12,7 +12,8 @@ from typing import Any
 
 from sd_atoms.data.prompts import fill
 from sd_atoms.errors import UserError
-from sd_atoms.settings import read_config, read_yaml, shown
+from sd_atoms.settings import read_config, read_yaml
+from sd_atoms.values import shown
 
 PREFIX = "vtab:"  # of --dataset_name
 NATURAL = ("caltech101", "cifar", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397")

@@ -26,8 +26,9 @@ from sd_atoms.files import safe_name
 from sd_atoms.jobs.queue import Job, lock_of
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.rows import mean_of
-from sd_atoms.settings import plain_values, read_config, resolve, setting, shown, unmet_needs
+from sd_atoms.settings import plain_values, read_config, resolve, setting, unmet_needs
 from sd_atoms.training.run_folder import CONFIG, FREE_ON_RESUME, METRICS, changed_settings
+from sd_atoms.values import shown
 
 WHAT = "what is compared"
 FORCED = ("output_dir", "seed", "overwrite", "resume_from_checkpoint")

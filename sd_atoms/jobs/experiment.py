@@ -24,9 +24,11 @@ from sd_atoms.evaluation.folder import MORE_GROUPS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
 from sd_atoms.methods import get_method
-from sd_atoms.settings import fields_of, read_config, resolve, shown
-from sd_atoms.training.config import MethodSettings, OptimiserSettings, TextSettings, TrainConfig
+from sd_atoms.settings import fields_of, read_config, resolve
+from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
+from sd_atoms.training.sections import MethodSettings, OptimiserSettings, TextSettings
+from sd_atoms.values import shown
 
 MAPPINGS = ("settings", "concepts", "methods", "rates")
 # what an experiment decides for its runs, which draw next to nothing themselves

@@ -20,8 +20,9 @@ from sd_atoms.evaluation.folder import SETS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.experiment import FORCED, settings_of_method, settings_of_runs
 from sd_atoms.jobs.plan import PRETRAINED, Run, Runs
-from sd_atoms.settings import read_config, resolve, setting, shown
+from sd_atoms.settings import read_config, resolve, setting
 from sd_atoms.training.optimiser import with_defaults
+from sd_atoms.values import shown
 
 WHAT, SCORES, COST = "what is tuned", "how it is scored", "what --dry_run reckons with"
 MAPPINGS = ("settings", "methods")

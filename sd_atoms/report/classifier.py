@@ -62,13 +62,18 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     return figure, letters.notes
 
 
+def _confused(counts: np.ndarray) -> list[tuple[float, int, int]]:
+    """(images, label, said) of every pair of classes that is confused, the commonest first."""
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = [(wrong[label, said], label, said) for label, said in np.argwhere(wrong > 0)]
+    return sorted(pairs, key=lambda pair: -pair[0])
+
+
 def _list_confused(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
     """The pairs of classes (is, said) that are confused most, with how many images of the class are."""
-    wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
-    pairs = [pair for pair in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[pair]]
-    shares = [f"{wrong[row, column]:.0f} of {counts[row].sum():.0f}" for row, column in pairs]
-    said = [f"{names[row]} → {names[column]}" for row, column in pairs]
+    pairs = _confused(counts)[:MOST_PAIRS]
+    shares = [f"{count:.0f} of {counts[label].sum():.0f}" for count, label, _ in pairs]
+    said = [f"{names[label]} → {names[other]}" for _, label, other in pairs]
     how = dict(va="top", fontsize=10, linespacing=1.5)
     axes.set_axis_off()
     axes.text(0.18, 1, "\n".join(["images", "", *shares]), ha="right", **how)
@@ -122,12 +127,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     )
     worst = "; ".join(f"{name} {share:.0%}" for share, name in known[:WORST] if share < 1) or "none"
     names = list(scores["by_class"])
-    mistaken = sorted(
-        ((count, names[label], names[said]) for label, row in enumerate(scores["confusion"])
-         for said, count in enumerate(row) if count and said != label),
-        key=lambda entry: -entry[0],
-    )  # fmt: skip
-    most = "; ".join(f"{name} as {said} ({count})" for count, name, said in mistaken[:WORST]) or "none"
+    mistaken = _confused(np.array(scores["confusion"]))[:WORST]
+    most = "; ".join(f"{names[label]} as {names[said]} ({count:.0f})" for count, label, said in mistaken) or "none"
     return (
         f"{accuracy['value']:.1%} of {accuracy['n']:,} test images right{interval}; by the commonest class alone "
         f"{scores['majority']:.1%}. Calibration error {scores['calibration_error']:.3f}. Worst: {worst}. "

@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sd_atoms.pipeline import open_base
-from sd_atoms.training.config import BaseSettings
+from sd_atoms.training.sections import BaseSettings
 
 
 def open_base_of(settings: BaseSettings, device: str | torch.device = "cpu") -> StableDiffusionPipeline:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from sd_atoms.methods.adapters import adapters_off
-from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.denoiser import Denoiser
 from sd_atoms.training.examples import Example
 from sd_atoms.training.noise import image_number, sample_noise
 from sd_atoms.training.objective import losses, mask_weights, offset, prediction_target, snr_weights
+from sd_atoms.training.sections import ObjectiveSettings
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import EXTENSIONS, read_image, scan_folder
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, refuse
 from sd_atoms.generation import Request, generate, image_notes, save_image
 from sd_atoms.machine import on_main
 from sd_atoms.pipeline.sampling import Sampling

@@ -13,10 +13,10 @@ from sd_atoms.data.concepts import Source, image_prompts
 from sd_atoms.data.config import Concept
 from sd_atoms.data.prompts import load_prompts
 from sd_atoms.errors import UserError
-from sd_atoms.training.config import PriorSettings
 from sd_atoms.training.examples import Cropping, Examples
 from sd_atoms.training.latents import encode_images, latent_masks
 from sd_atoms.training.noise import generator
+from sd_atoms.training.sections import PriorSettings
 
 MOST_DIGESTS = 10_000  # they are in every checkpoint, some 60 bytes each
 

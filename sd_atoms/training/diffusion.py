@@ -18,12 +18,13 @@ from sd_atoms.pipeline.inspection import unet_change
 from sd_atoms.pipeline.tokens import initializer_rows
 from sd_atoms.settings import replaced
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
-from sd_atoms.training.config import TextSettings, TrainConfig, budget_of
+from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.dataset import Dataset
 from sd_atoms.training.denoiser import Denoiser, TrainedRows
 from sd_atoms.training.examples import prompt_states, tokenize
 from sd_atoms.training.objective import noising
 from sd_atoms.training.optimiser import parameter_groups
+from sd_atoms.training.sections import TextSettings, budget_of
 from sd_atoms.training.steps import Hooks, run_steps
 from sd_atoms.training.validation import validation_loss
 from sd_atoms.tuner import AtomsConfig

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.images import flip, to_tensor
 from sd_atoms.data.records import ImageRecord
+from sd_atoms.errors import refuse
 from sd_atoms.files import replacing
 from sd_atoms.machine import check_finite, on_main, read_ahead, shared_work
 from sd_atoms.pipeline.fingerprint import weights_digest

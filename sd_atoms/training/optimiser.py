@@ -10,7 +10,8 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.methods import Method
 from sd_atoms.settings import replaced
-from sd_atoms.training.config import OptimiserSettings, TrainConfig
+from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.sections import OptimiserSettings
 
 RATE_NAMES = ("learning_rate", "beta_learning_rate", "token_learning_rate", "text_learning_rate")
 

@@ -17,9 +17,11 @@ import torch
 from sd_atoms.data.config import Concept
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
-from sd_atoms.settings import fields_of, plain_values, read_settings, replaced, shown, to_yaml
+from sd_atoms.settings import fields_of, plain_values, read_settings, replaced, to_yaml
 from sd_atoms.training.checkpoint import checkpoints, find_checkpoint, read_header
-from sd_atoms.training.config import OutputSettings, TrainConfig
+from sd_atoms.training.config import TrainConfig
+from sd_atoms.training.sections import OutputSettings
+from sd_atoms.values import shown
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
 CHECKPOINTS, ADAPTER, IMAGES, CURVES, SHARE = "checkpoints", "adapter", "images", "logs", "share"

@@ -17,11 +17,11 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.progress import progress_bar
 from sd_atoms.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, set_aside_later
-from sd_atoms.training.config import LoopSettings, OptimiserSettings, OutputSettings, ValidationSettings
 from sd_atoms.training.interrupt import Interrupted, listening
 from sd_atoms.training.noise import sample_numbers
 from sd_atoms.training.optimiser import load_values, make_optimizer, rate_schedule, swapped_in, update_mean
 from sd_atoms.training.run_folder import CHECKPOINTS, LOG, cut_log, read_log
+from sd_atoms.training.sections import LoopSettings, OptimiserSettings, OutputSettings, ValidationSettings
 
 
 class Hooks(NamedTuple):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from sd_atoms.training.batch import Sample, Texts, places_of, sample_losses
-from sd_atoms.training.config import ObjectiveSettings
 from sd_atoms.training.examples import Example
 from sd_atoms.training.noise import generator
 from sd_atoms.training.objective import prediction_target
+from sd_atoms.training.sections import ObjectiveSettings
 
 TIMESTEPS = 8  # evenly over the noise schedule: a loss is mostly noise of its timestep
 

@@ -33,7 +33,7 @@ from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push
 from sd_atoms.report.card import SCORES, AdapterFile, CardImage, model_card
 from sd_atoms.sources import packaged_path, public_name
 from sd_atoms.training.adapter import open_adapter
-from sd_atoms.training.config import HubSettings
+from sd_atoms.training.sections import HubSettings
 
 TEMPLATES = ["photo of a {}."] + [f"The {{}} number {number}." for number in range(9)]
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_atoms.commands.classify.train import is_here, opened_set
-from sd_atoms.data.captions import refuse
 from sd_atoms.data.labelled import task_folder
 from sd_atoms.data.vtab import Task
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, refuse
 from sd_atoms.files import replacing, write_json, write_text
 from sd_atoms.jobs.classifiers import (
     QUEUE,
