@@ -25,13 +25,6 @@ from sd_atoms.atoms.terms import PLAIN, Term, effective_weight, mixing_gradient
 
 FORMS = ("auto", "weight", "activation", "split")
 
-# Up to how many output positions per output channel the forward pass goes by activation; measured
-# (`sd-atoms bench forms`). Atoms per channel mix weights more slowly than patches.
-ACTIVATION_REACH = 1.0
-CHANNEL_REACH = 2.0
-# Up to so many output channels a weight gradient costs less than the patches that it would save.
-FEW_CHANNELS = 16
-
 
 def _maker() -> str:
     """vendor_id of this machine's CPU; "" where nobody can say."""
@@ -42,9 +35,16 @@ def _maker() -> str:
         return ""
 
 
-# Whether patches are moved in less time than a weight gradient takes. Not on AMD's processors: `bench step` on an EPYC
-# takes 1.15 times the frozen floor by weight and 1.43 by split (ResNet50, 224 px), 1.39 and 1.64 (pocket).
-MOVING_PAYS = _maker() != "AuthenticAMD"
+# Up to how many output positions per output channel the forward and the backward pass of a CPU go by activation;
+# measured (`sd-atoms bench forms`): AMD's processors move patches more slowly than Intel's, beside what they multiply.
+REACHES = (0.1, 1.0) if _maker() == "AuthenticAMD" else (1.0, math.inf)
+# Atoms per channel mix weights more slowly than patches: so many times as far.
+CHANNEL_REACH = 2.0
+# Up to so many output channels a weight gradient costs less than the patches that it would save.
+FEW_CHANNELS = 16
+
+# A weight of up to so many times the numbers of its input is laid out as that; measured on layers of SD and ResNet50.
+LIGHT_WEIGHT = 3
 
 # Patches are made, used and dropped in blocks of channels that fit the processor's cache. Larger ones also cost time
 # in the memory allocator, which asks the system for fresh pages each time.
@@ -72,15 +72,18 @@ def pick_form(positions: int, out_channels: int, groups: int = 1, per_channel: b
         cpu: whether it is computed by a CPU.
 
     Forward, mixing o·i·K weights stands against mixing i·K·positions patches: o against positions. Backward, a weight
-    gradient of o·i·K·positions multiply-adds stands against moving i·K·positions patches, which on Intel's CPUs costs
-    less but for a handful of channels, on AMD's more. A graphics card multiplies so much faster than it moves that
-    there the weight form is taken for large pictures (by reckoning: not measured).
+    gradient of o·i·K·positions multiply-adds and its contraction stand against moving i·K·positions patches, which
+    costs Intel's CPUs less but for a handful of channels, AMD's up to as many positions as channels. A graphics card
+    multiplies so much faster than it moves that there the weight form is taken for large pictures (by reckoning: not
+    measured).
     """
     if groups > 1:
         return "weight"
-    if positions <= (CHANNEL_REACH if per_channel else ACTIVATION_REACH) * out_channels:
+    forward_reach, backward_reach = REACHES if cpu else (1.0, 1.0)
+    per_output = positions / out_channels / (CHANNEL_REACH if per_channel else 1.0)
+    if per_output <= forward_reach:
         return "activation"
-    return "split" if cpu and MOVING_PAYS and out_channels > FEW_CHANNELS else "weight"
+    return "split" if per_output <= backward_reach and out_channels > FEW_CHANNELS else "weight"
 
 
 def atoms_layer(
@@ -141,7 +144,7 @@ class _AtomsLayer(torch.autograd.Function):
         terms = [PLAIN] if delta_is_zero else _terms(tensors, blocks)
         if form == "activation" and not delta_is_zero:
             return _forward_by_activation(x, weight, terms, bias, geometry)
-        return _layer(x, effective_weight(weight, terms, _groups(geometry)), bias, geometry)
+        return _layer(x, _effective(weight, terms, geometry, x), bias, geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -166,6 +169,12 @@ def _groups(geometry: ConvGeometry | None) -> int:
     return 1 if geometry is None else geometry.groups
 
 
+def _effective(weight, terms, geometry, x):
+    # an input that is not much smaller takes longer to move into a weight's layout than the weight into its own
+    contiguous = x.is_contiguous() and weight.numel() < LIGHT_WEIGHT * x.numel()
+    return effective_weight(weight, terms, _groups(geometry), contiguous)
+
+
 def _layer(x, weight, bias, geometry):
     if geometry is None:
         return F.linear(x, weight, bias)
@@ -175,7 +184,7 @@ def _layer(x, weight, bias, geometry):
 
 
 def _backward_by_weight(grad, x, weight, terms, geometry, wants_x, wanted):
-    effective = effective_weight(weight, terms, _groups(geometry)) if wants_x else weight
+    effective = _effective(weight, terms, geometry, x) if wants_x else weight
     grad_x, grad_weight = _layer_backward(grad, x, effective, geometry, wants_x, any(wanted))
     grad_mixings = [
         mixing_gradient(weight, term, grad_weight, _groups(geometry), term.mixing.dtype) if want else None

@@ -43,8 +43,10 @@ def mixed_weight(weight: torch.Tensor, terms: Sequence[Term], groups: int = 1) -
 
 
 @torch.no_grad()
-def effective_weight(weight: torch.Tensor, terms: Sequence[Term], groups: int) -> torch.Tensor:
-    """Σ Q·M with the shape and dtype of `weight`, to be used up at once.
+def effective_weight(
+    weight: torch.Tensor, terms: Sequence[Term], groups: int, contiguous: bool = False
+) -> torch.Tensor:
+    """Σ Q·M with the shape and dtype of `weight`, to be used up at once; in any layout unless `contiguous`.
 
     On the CPU it lies in a buffer that the next call in this thread writes over: a fresh one of this size would cost
     more than the product, in pages that the system has to hand out (28 of 38 ms for a 1280→1280 layer).
@@ -81,7 +83,10 @@ def effective_weight(weight: torch.Tensor, terms: Sequence[Term], groups: int) -
         else:
             # (o*i/g, T) @ (T, K) -> (o*i/g, K)
             total.view(-1, shape[2]).addmm_(rows.reshape(-1, rows.shape[2]), term.mixing.to(dtype), beta=keep)
-    return total.to(weight.dtype).reshape(weight.shape)
+    effective = total.to(weight.dtype).reshape(weight.shape)
+    if contiguous and not effective.is_contiguous():
+        return _buffer(weight, weight.shape, weight.dtype, "contiguous").copy_(effective)
+    return effective
 
 
 def mixing_gradient(
@@ -129,13 +134,14 @@ def _taps_first(filters: torch.Tensor) -> bool:
 _buffers = threading.local()
 
 
-def _buffer(weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor; on the CPU part of one that this thread keeps for the purpose."""
+def _buffer(weight: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, name: str = "mixed") -> torch.Tensor:
+    """An uninitialised tensor; on the CPU part of one that this thread keeps for the purpose, under that name."""
     if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(shape, dtype=dtype, device=weight.device)
     size = weight.shape[0] * weight.shape[1] * taps(weight)
-    kept = getattr(_buffers, "tensor", None)
+    kept = getattr(_buffers, name, None)
     if kept is None or kept.dtype != dtype or kept.numel() < size:
         with torch.inference_mode(False):  # one made in inference mode could not be written to outside of it
-            kept = _buffers.tensor = torch.empty(size, dtype=dtype)
+            kept = torch.empty(size, dtype=dtype)
+        setattr(_buffers, name, kept)
     return kept[:size].view(shape)

@@ -1,8 +1,9 @@
 """`bench forms`: the forms of an adapted convolution against the frozen one, over the layers of a UNet.
 
-What it prints is what the constant ACTIVATION_REACH of `sd_atoms.atoms.forms` is set by.
+What it prints is what the constant REACHES of `sd_atoms.atoms.forms` is set by.
 """
 
+import itertools
 import statistics
 
 import torch
@@ -47,8 +48,6 @@ def bench_forms(
                 "positions": positions,
                 "positions_per_channel": positions / call.out_channels,
                 "auto": pick_form(positions, call.out_channels, call.geometry.groups, cpu=device == "cpu"),
-                # what auto falls back to beyond the reach of the activation form
-                "beyond_reach": pick_form(10**12, call.out_channels, call.geometry.groups, cpu=device == "cpu"),
                 "seconds": time_call(call, batch_size, rounds, device, DTYPES[dtype]),
             }
         )
@@ -65,7 +64,7 @@ def bench_forms(
         "machine": machine_info(device, threads),
         "layers": layers,
         "seconds_total": totals(layers),
-        "best_reach": best_reach(layers),
+        "best_reaches": best_reaches(layers),
     }
 
 
@@ -109,23 +108,31 @@ def totals(layers: list[dict]) -> dict[str, float]:
     return total
 
 
-def best_reach(layers: list[dict]) -> dict[str, float | None]:
-    """The range of ACTIVATION_REACH that gives the least seconds over all layers, as [from, below), and the seconds.
+def best_reaches(layers: list[dict]) -> dict[str, list[float | None] | float]:
+    """The ranges of the two REACHES that give the least seconds over all layers, as [from, below), and the seconds.
 
     Every shape's positions / out_channels is a place where the rule may switch; `below` is None without a bound.
     """
     edges = [0.0, *sorted({layer["positions_per_channel"] for layer in layers})]
 
-    def seconds_at(reach):
-        return sum(
-            layer["count"]
-            * layer["seconds"]["activation" if layer["positions_per_channel"] <= reach else layer["beyond_reach"]]
-            for layer in layers
-        )
+    def seconds_at(reaches):
+        forward, backward = reaches
+        total = 0.0
+        for layer in layers:
+            at = layer["positions_per_channel"]
+            form = "activation" if at <= forward else "split" if at <= backward else "weight"
+            total += layer["count"] * layer["seconds"][form]
+        return total
 
-    best = min(range(len(edges)), key=lambda index: seconds_at(edges[index]))
-    below = edges[best + 1] if best + 1 < len(edges) else None
-    return {"from": edges[best], "below": below, "seconds": seconds_at(edges[best])}
+    def below(edge):
+        return next((above for above in edges if above > edge), None)
+
+    forward, backward = min(itertools.combinations_with_replacement(edges, 2), key=seconds_at)
+    return {
+        "forward": [forward, below(forward)],
+        "backward": [backward, below(backward)],
+        "seconds": seconds_at((forward, backward)),
+    }
 
 
 def forms_text(result: dict) -> str:
@@ -148,8 +155,11 @@ def forms_text(result: dict) -> str:
         )
     total = result["seconds_total"]
     summary = [[name, f"{value:.2f}", ratio_text(value / total["floor"])] for name, value in total.items()]
-    best = result["best_reach"]
-    bound = "any number" if best["below"] is None else f"{best['below']:.3g}"
+    best = result["best_reaches"]
+    ranges = [
+        f"{name} from {best[name][0]:.3g} to " + ("any" if best[name][1] is None else f"below {best[name][1]:.3g}")
+        for name in ("forward", "backward")
+    ]
     return "\n".join(
         [
             f"{settings['arch']} UNet, {settings['resolution_px']} px, batch {settings['batch_size']}, "
@@ -157,6 +167,6 @@ def forms_text(result: dict) -> str:
             text_table(header, rows),
             "",
             text_table(["all 3×3 convolutions", "seconds", "to floor"], summary),
-            f"best ACTIVATION_REACH: from {best['from']:.3g} to below {bound}, {best['seconds']:.2f} s",
+            f"best REACHES: {', '.join(ranges)}, {best['seconds']:.2f} s",
         ]
     )

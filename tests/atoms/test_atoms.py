@@ -209,16 +209,37 @@ def test_half_precision_stays_within_its_rounding(form, dtype):
 
 
 def test_auto_prefers_activations_where_channels_outnumber_positions(monkeypatch):
-    monkeypatch.setattr(forms, "MOVING_PAYS", True)
+    monkeypatch.setattr(forms, "REACHES", (1.0, math.inf))
     assert pick_form(64, 1280, 1) == "activation"  # the bottom of SD's UNet at 512 px
     assert pick_form(4096, 320, 1) == "split"  # its top
     assert pick_form(4096, 320, 1, cpu=False) == "weight"
     assert pick_form(1024, 640, per_channel=True) == "activation"
     assert pick_form(4096, 4) == "weight"  # the last one: less to multiply than to move
     assert pick_form(64, 1280, 1280) == "weight"  # depthwise: nothing to save
-    monkeypatch.setattr(forms, "MOVING_PAYS", False)
-    assert pick_form(4096, 320, 1) == "weight"
+    monkeypatch.setattr(forms, "REACHES", (0.1, 1.0))
     assert pick_form(64, 1280, 1) == "activation"
+    assert pick_form(256, 1280, 1) == "split"
+    assert pick_form(256, 1280, 1, per_channel=True) == "activation"
+    assert pick_form(256, 1280, 1, cpu=False) == "activation"
+    assert pick_form(4096, 320, 1) == "weight"
+
+
+@pytest.mark.parametrize(("size", "contiguous"), [(1, False), (16, True)])
+def test_the_effective_weight_takes_the_layout_of_a_larger_input(monkeypatch, size, contiguous):
+    seen, convolution = [], forms.CONVOLUTIONS[2]
+
+    def spy(x, weight, *rest):
+        seen.append(weight.is_contiguous())
+        return convolution(x, weight, *rest)
+
+    monkeypatch.setitem(forms.CONVOLUTIONS, 2, spy)
+    weight, mixing, bias = layer(out_channels=8, in_channels=8)
+    x = random(1, 8, size, size)
+    geometry = ConvGeometry(padding=(1, 1))
+    got = adapted(x, weight, mixing, bias, geometry, "weight")
+    assert seen == [contiguous]
+    assert got.is_contiguous()
+    assert torch.allclose(got, by_definition(x, weight, mixing, bias, geometry))
 
 
 @pytest.mark.parametrize("m", [1, 4, 9])

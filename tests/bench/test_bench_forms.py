@@ -23,16 +23,16 @@ def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
     for layer in result["layers"]:
         height, width = layer["input_size"]
         assert f"{layer['in_channels']}→{layer['out_channels']} @ {height}×{width} " in printed
-    assert result["best_reach"]["seconds"] >= total["best of each"]
+    assert result["best_reaches"]["seconds"] >= total["best of each"]
 
 
-def test_best_reach_is_where_the_forms_cross():
-    def layer(positions_per_channel, weight, activation):
-        seconds = {"floor": 1.0, "weight": weight, "activation": activation}
-        return dict(count=2, positions_per_channel=positions_per_channel, beyond_reach="weight", seconds=seconds)
+def test_best_reaches_are_where_the_forms_cross():
+    def layer(positions_per_channel, weight, activation, split):
+        seconds = {"floor": 1.0, "weight": weight, "activation": activation, "split": split}
+        return dict(count=2, positions_per_channel=positions_per_channel, seconds=seconds)
 
-    layers = [layer(4.0, 1.0, 3.0), layer(0.5, 3.0, 1.0), layer(1.5, 2.0, 1.5)]
-    assert forms.best_reach(layers) == {"from": 1.5, "below": 4.0, "seconds": 2 * (1.0 + 1.0 + 1.5)}
+    layers = [layer(4.0, 1.0, 3.0, 2.5), layer(0.5, 3.0, 1.0, 1.5), layer(1.5, 2.0, 1.5, 1.25)]
+    assert forms.best_reaches(layers) == {"forward": [0.5, 1.5], "backward": [1.5, 4.0], "seconds": 2 * (1 + 1.25 + 1)}
 
 
 def test_a_resolution_that_latents_do_not_fit_is_refused(capsys):
