@@ -51,7 +51,8 @@ def doctor(config: TrainConfig) -> None:
     try:
         pipe = open_base_of(config.base, accelerator.device)
         noising(pipe.scheduler, config.objective.prediction_type, config.objective.rescale_betas_zero_snr)
-        check_sampler(config.images.scheduler, pipe.scheduler, {}, config.images.num_inference_steps)
+        drawing = (config.images.scheduler, pipe.scheduler, {}, config.images.num_inference_steps)
+        findings += raised(lambda: check_sampler(*drawing), "scheduler")
     except UserError as error:
         findings.append(problem(error, "pretrained_model_name_or_path"))
     findings += examine(config, sources, pipe, accelerator.num_processes)

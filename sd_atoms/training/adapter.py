@@ -8,7 +8,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.pipeline import read_artefact, save_adapter
 from sd_atoms.pipeline.artefact import Artefact
 from sd_atoms.pipeline.header import Header
-from sd_atoms.settings import replaced, resolve
+from sd_atoms.settings import read_yaml, replaced, resolve
 from sd_atoms.training.base import open_base_of
 from sd_atoms.training.checkpoint import NAME, checkpoints, kept_values
 from sd_atoms.training.config import TrainConfig
@@ -64,10 +64,12 @@ def run_config(folder: Path, base: str | None = None, base_config: str | None = 
         base_config: configs of the base, where it is one file; None = as the run had them.
 
     Raises:
-        UserError: it is no run folder, or its settings cannot be read.
+        UserError: it is no run folder, is a classifier's, or its settings cannot be read.
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: is no run folder, it holds no {CONFIG}")
+    if "model" in read_yaml(folder / CONFIG):
+        raise UserError(f"{folder}: is the run of a classifier, of which `sd-atoms classify` reads the file in it")
     config = resolve(TrainConfig, {}, str(folder / CONFIG), [])
     if base is None:
         return config if base_config is None else replaced(config, base_config=base_config)

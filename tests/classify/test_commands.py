@@ -97,6 +97,7 @@ def test_inspect_says_what_it_is(place, trained, tmp_path, capsys):
     assert "accuracy     not known here" in capsys.readouterr().out
     for words_, message in (
         (["inspect", str(trained), "--top=3"], "--top: for an ADAPTER, not for"),
+        (["inspect", str(trained / "checkpoints")], "is the run of a classifier, of which `sd-atoms classify`"),
         (["export", str(trained), "--to=lora"], "is a classifier, which `sd-atoms classify` takes"),
         (["export", str(trained / NAME), "--to=lora"], "is a classifier, which `sd-atoms classify` takes"),
     ):

@@ -676,4 +676,4 @@ def test_a_sampler_that_cannot_take_so_many_steps_is_refused_before_the_training
     assert "scheduler: tcd at 60 steps: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main(["doctor", "--config", str(path)]) == 2
-    assert "scheduler: tcd at 60 steps: " in capsys.readouterr().out
+    assert "error    scheduler: tcd at 60 steps: " in capsys.readouterr().out
