@@ -265,9 +265,14 @@ def _by_own_names(fields: Mapping[str, Any], entries: Mapping[str, Any]) -> dict
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The mapping in the file of --config: a path, or the short name of a packaged one such as pocket/castle."""
+    """The mapping in the file of --config."""
+    return read_yaml(config_file(path))
+
+
+def config_file(path: str | Path) -> Path:
+    """The file of --config: a path, or the short name of a packaged one such as pocket/castle."""
     packaged = None if Path(path).exists() else packaged_file(str(path), "configs", ".yaml")
-    return read_yaml(packaged or path)
+    return packaged or Path(path)
 
 
 def read_settings(settings: type, path: str | Path) -> dict[str, Any]:

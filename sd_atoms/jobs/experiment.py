@@ -8,14 +8,14 @@ methods:
   atoms:                                                                  # the method of that name
   atoms (9, 4): {method: atoms, m1: 4}
   lora: {rank: 4}
-rates: {factors: [0.33, 1, 3]}                                            # times each method's usual rate
+  ia3: {peft_config: ia3.json, learning_rate: [1e-3, 1e-2]}               # these rates are tried
+rates: {factors: [0.33, 1, 3]}                                            # times each other method's usual rate
 seeds: 0-2
 networks: pocket:clip,efficientnet-lite0
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sd_atoms.data.prompts import load_prompts, load_templates, parse_seeds
@@ -24,7 +24,7 @@ from sd_atoms.evaluation.folder import MORE_GROUPS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
 from sd_atoms.methods import get_method
-from sd_atoms.settings import fields_of, read_config, resolve
+from sd_atoms.settings import config_file, fields_of, read_config, resolve
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.sections import MethodSettings, OptimiserSettings, TextSettings
@@ -103,16 +103,18 @@ def _runs(
         first.append(Run(f"{safe_name(concept)}/{PRETRAINED}", PRETRAINED, concept, PRETRAINED, 0, of_concept))
     for label, of_method in methods.items():
         own = []
-        if rates is not None and "learning_rate" not in of_method:
-            for concept in rates.concepts:
-                values = concepts[concept] | of_method
-                usual = _usual_rate(values)
-                if usual is None:
-                    problems.append(f"methods.{label}: has no usual rate to multiply; give its learning_rate")
-                    break
-                for rate, seed in itertools.product([_short(usual * factor) for factor in rates.factors], rates.seeds):
-                    name = f"rates/{safe_name(concept)}/{safe_name(label)}/{rate:g}/seed-{seed}"
-                    own.append(Run(name, "rate", concept, label, seed, values | {"learning_rate": rate}))
+        try:
+            tried = _rates_to_try(of_method, rates, concepts)
+        except UserError as error:
+            problems.append(f"methods.{label}: {error}")
+            continue
+        for concept, found in tried.items():
+            for rate, seed in itertools.product(found, rates.seeds):
+                name = f"rates/{safe_name(concept)}/{safe_name(label)}/{rate:g}/seed-{seed}"
+                values = concepts[concept] | of_method | {"learning_rate": rate}
+                own.append(Run(name, "rate", concept, label, seed, values))
+        if own:
+            of_method = {**of_method, "learning_rate": own[0].values["learning_rate"]}
         names = tuple(run.name for run in own)
         choosing += own
         for concept, seed in itertools.product(concepts, seeds):
@@ -123,6 +125,32 @@ def _runs(
     names = [run.name.lower() for run in runs]
     twice = dict.fromkeys(run.name for run in runs if names.count(run.name.lower()) > 1)
     return runs, [*problems, *(f"methods: {name}: two runs would have this folder" for name in twice)]
+
+
+def _rates_to_try(
+    of_method: Mapping[str, Any], rates: Rates | None, concepts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[float]]:
+    """Concept -> the rates that are tried on it: those that a method lists, or its usual one times each factor."""
+    listed = of_method.get("learning_rate")
+    if listed is not None and not isinstance(listed, list):
+        return {}
+    if listed is not None:
+        try:
+            found = [float(rate) for rate in listed]
+        except (TypeError, ValueError):
+            found = []
+        if rates is None or not found or not all(0 < rate < float("inf") for rate in found):
+            raise UserError(f"learning_rate: a number, or with rates a list of numbers to try, got {shown(listed)}")
+        return dict.fromkeys(rates.concepts, found)
+    if rates is None:
+        return {}
+    tried = {}
+    for concept in rates.concepts:
+        usual = _usual_rate(concepts[concept] | of_method)
+        if usual is None:
+            raise UserError("has no usual rate to multiply; give its learning_rate, or a list of them to try")
+        tried[concept] = [_short(usual * factor) for factor in rates.factors]
+    return tried
 
 
 def _resolved(path: str, entries: Mapping[str, Any], flags: Mapping[str, Any]) -> Experiment:
@@ -198,7 +226,7 @@ def _with_files(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _beside(path: str, name: str) -> str:
     """A file that lies where another does, as a setting of a YAML file names it; else the name as it is."""
-    beside = Path(path).parent / name
+    beside = config_file(path).parent / name
     return str(beside) if beside.is_file() else name
 
 

@@ -63,7 +63,8 @@ class Rates:
 class Run:
     """One run of an experiment.
 
-    stage: pretrained, rate or scored. values: its settings, without a learning rate that is still to be chosen.
+    stage: pretrained, rate or scored. values: its settings; with the first of the learning rates to be tried where one
+    is still to be chosen.
     needs: runs that must be done before. rate_runs: those that choose its rate, so far as they can be done.
     """
 

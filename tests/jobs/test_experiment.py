@@ -23,6 +23,12 @@ def plan_of(tmp_path, flags=(), **changes):
     return read_plan(str(tmp_path / "e.yaml"), dict(flags))
 
 
+@pytest.mark.parametrize("name", ["pocket", "pocket_budgets", "pocket_masks", "pocket_quick", "sd14_castle"])
+def test_the_packaged_experiments_mean_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # by short name, from anywhere
+    assert {run.stage for run in read_plan(f"compare/{name}", {}).runs} >= {"pretrained", "scored"}
+
+
 def test_every_method_is_trained_on_every_concept_with_every_seed(tmp_path):
     plan = plan_of(tmp_path)
     assert [run.name for run in plan.runs][:2] == ["castle/pretrained", "canal/pretrained"]
@@ -70,6 +76,18 @@ def test_rates_are_tried_on_other_seeds_and_prompts_and_the_best_is_taken(tmp_pa
     assert chosen_rate(plan, plan.named("canal/lora/seed-0"), lambda other: None) is None
 
 
+def test_a_method_brings_rates_of_its_own_to_try(tmp_path):
+    (tmp_path / "ia3.json").write_text('{"peft_type": "IA3", "target_modules": ["to_k", "to_v"]}')
+    ia3 = {"peft_config": "ia3.json", "learning_rate": ["1e-3", 0.02]}
+    plan = plan_of(tmp_path, rates={"factors": [1, 2]}, methods={"lora": None, "ia3": ia3})
+    tried = [run for run in plan.runs if run.stage == "rate" and run.method == "ia3"]
+    assert [run.name for run in tried] == [f"rates/castle/ia3/{rate}/seed-100" for rate in ("0.001", "0.02")]
+    run = plan.named("canal/ia3/seed-0")
+    assert run.rate_runs == tuple(other.name for other in tried)
+    assert chosen_rate(plan, run, lambda other: other.values["learning_rate"]) == 0.02
+    assert plan.config(run, 0.02).optimiser.learning_rate == 0.02
+
+
 def test_a_flag_wins_over_the_file(tmp_path):
     plan = plan_of(tmp_path, {"seeds": "5", "output_dir": "there"})
     assert {run.seed for run in plan.runs if run.stage == "scored"} == {5}
@@ -101,6 +119,14 @@ def test_a_flag_wins_over_the_file(tmp_path):
         ({"scales": "a"}, "scales: 'a': numbers with commas between are needed"),
         ({"scales": [99]}, "scales: 99 is out of range"),
         ({"shown_prompts": [99]}, "shown_prompts: 99: 0 to 19 is allowed"),
+        (
+            {"methods": {"lora": {"learning_rate": [0.1]}}},
+            "lora: learning_rate: a number, or with rates a list",
+        ),
+        (
+            {"rates": {"factors": [1]}, "methods": {"lora": {"learning_rate": ["a"]}}},
+            "lora: learning_rate: a number, or",
+        ),
         ({"rates": {"factors": []}}, "rates: factors: a list of numbers above 0 is needed"),
         ({"rates": {"factors": [1], "speed": 1}}, "rates: unknown key 'speed'"),
         ({"rates": {"factors": [1], "concepts": ["dog"]}}, "rates: concepts: of castle, canal"),
