@@ -21,27 +21,18 @@ import torch.nn.functional as F
 
 from sd_atoms.atoms.layout import filters_of, mixing_dtype, taps
 from sd_atoms.atoms.patches import ConvGeometry, fold, unfold
+from sd_atoms.atoms.products import ON_AMD, product, transposed_product
 from sd_atoms.atoms.terms import PLAIN, Term, effective_weight, mixing_gradient
 
 FORMS = ("auto", "weight", "activation", "split")
 
-
-def _maker() -> str:
-    """vendor_id of this machine's CPU; "" where nobody can say."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("vendor_id")), "")
-    except OSError:
-        return ""
-
-
-# Up to how many output positions per output channel the forward and the backward pass of a CPU go by activation;
-# measured (`sd-atoms bench forms`): AMD's processors move patches more slowly than Intel's, beside what they multiply.
-REACHES = (0.1, 1.0) if _maker() == "AuthenticAMD" else (1.0, math.inf)
+# Up to how many output positions per output channel the forward pass goes by activation, and up to how many output
+# channels a weight gradient costs less than the patches that it would save; measured (`sd-atoms bench forms`): AMD's
+# processors move patches more slowly than Intel's, beside what they multiply.
+REACH = 1.0
+FEW_CHANNELS = 255 if ON_AMD else 16
 # Atoms per channel mix weights more slowly than patches: so many times as far.
 CHANNEL_REACH = 2.0
-# Up to so many output channels a weight gradient costs less than the patches that it would save.
-FEW_CHANNELS = 16
 
 # A weight of up to so many times the numbers of its input is laid out as that; measured on layers of SD and ResNet50.
 LIGHT_WEIGHT = 3
@@ -49,11 +40,9 @@ LIGHT_WEIGHT = 3
 # Patches are made, used and dropped in blocks of channels that fit the processor's cache. Larger ones also cost time
 # in the memory allocator, which asks the system for fresh pages each time.
 BLOCK_BYTES = 2 * 2**20
-
-# From how many positions on large products are taken as 1×1 convolutions. oneDNN, which computes those, uses the
-# widest vectors of every processor; MKL, which computes plain products, only Intel's: on an AMD processor with AVX-512
-# it takes 1.8 times as long. Below, arranging the weights for oneDNN takes longer than the product.
-CONVOLUTION_POSITIONS = 256
+# oneDNN copies what it is given a part of. With fewer positions than output channels a part of the weight is more to
+# copy than patches of so many bytes cost outside of the cache.
+UNCUT_BYTES = 12 * 2**20 if ON_AMD else 0
 
 # The hooks that checkpointing and offloading put around what autograd keeps; None where there are none.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -72,18 +61,15 @@ def pick_form(positions: int, out_channels: int, groups: int = 1, per_channel: b
         cpu: whether it is computed by a CPU.
 
     Forward, mixing o·i·K weights stands against mixing i·K·positions patches: o against positions. Backward, a weight
-    gradient of o·i·K·positions multiply-adds and its contraction stand against moving i·K·positions patches, which
-    costs Intel's CPUs less but for a handful of channels, AMD's up to as many positions as channels. A graphics card
-    multiplies so much faster than it moves that there the weight form is taken for large pictures (by reckoning: not
-    measured).
+    gradient of o·i·K·positions multiply-adds stands against moving i·K·positions patches: what matters is o. Graphics
+    cards multiply so much faster than they move that there the weight form is taken for large pictures (by reckoning:
+    not measured).
     """
     if groups > 1:
         return "weight"
-    forward_reach, backward_reach = REACHES if cpu else (1.0, 1.0)
-    per_output = positions / out_channels / (CHANNEL_REACH if per_channel else 1.0)
-    if per_output <= forward_reach:
+    if positions <= out_channels * REACH * (CHANNEL_REACH if per_channel else 1.0):
         return "activation"
-    return "split" if per_output <= backward_reach and out_channels > FEW_CHANNELS else "weight"
+    return "split" if cpu and out_channels > FEW_CHANNELS else "weight"
 
 
 def atoms_layer(
@@ -219,10 +205,7 @@ def _forward_by_activation(x, weight, terms, bias, geometry):
             mixed = patches if term.mixing is None else torch.bmm(_mixing(term, inputs, dtype), patches)
             mixed = mixed.to(x.dtype).flatten(0, 1)
             # (o/g, c*T) @ (c*T, N*L) -> (o/g, N*L)
-            if _as_convolution(mixed):
-                y[outputs] += F.conv2d(mixed[None, :, :, None], part[:, :, None, None])[0, :, :, 0]
-            else:
-                y[outputs].addmm_(part, mixed)
+            y[outputs] += product(part, mixed)
     if bias is not None:
         y += bias.unsqueeze(1)
     return y.unflatten(1, (x.shape[0], *size)).transpose(0, 1).contiguous()
@@ -240,10 +223,7 @@ def _backward_by_activation(grad, x, weight, terms, geometry, wants_x, wanted):
         columns = None
         for term, part, grad_mixing in zip(terms, filters, grad_mixings, strict=True):
             # (c*T, o/g) @ (o/g, N*L) -> (c, T, N*L)
-            if _as_convolution(grad):
-                grad_mixed = F.conv_transpose2d(grad[None, outputs, :, None], part[:, :, None, None])[0, :, :, 0]
-            else:
-                grad_mixed = part.T @ grad[outputs]
+            grad_mixed = transposed_product(part, grad[outputs])
             grad_mixed = grad_mixed.unflatten(0, (block.shape[1], -1)).to(dtype)
             if grad_mixing is not None:
                 # M[p, q] <- sum over positions, and channels where they share M, of gz_p x_q
@@ -261,12 +241,6 @@ def _backward_by_activation(grad, x, weight, terms, geometry, wants_x, wanted):
     return grad_x, grad_mixings
 
 
-def _as_convolution(numbers: torch.Tensor) -> bool:
-    """Whether a product with these (rows, positions) is taken as a convolution; see CONVOLUTION_POSITIONS."""
-    on_cpu = numbers.device.type == "cpu" and numbers.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return on_cpu and numbers.shape[1] >= CONVOLUTION_POSITIONS
-
-
 def _mixing(term: Term, inputs: slice, dtype: torch.dtype) -> torch.Tensor:
     """(c, T, K) for a block of input channels; expanded where they share it: `matmul` would copy the patches."""
     mixing = term.mixing.to(dtype)
@@ -279,7 +253,9 @@ def _blocks(x, weight, terms, positions, groups) -> Iterator[tuple[slice, slice,
     step = in_channels
     # where sums in half precision would be rounded at every block, or blocks are kernel launches, one block is better
     if x.device.type == "cpu" and x.dtype == mixing_dtype(x.dtype):
-        step = max(1, BLOCK_BYTES // (x.element_size() * taps(weight) * positions))
+        size = x.element_size() * taps(weight) * positions
+        if positions >= out_channels or in_channels * size > UNCUT_BYTES:
+            step = max(1, BLOCK_BYTES // size)
     sources = [filters_of(weight) if term.codes is None else term.codes.to(weight.dtype) for term in terms]
     for group in range(groups):
         outputs = slice(group * out_channels, (group + 1) * out_channels)

@@ -1,7 +1,6 @@
 """Patches of a picture (im2col) and back, in any number of dimensions."""
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,13 +27,16 @@ class ConvGeometry(NamedTuple):
 def unfold(
     x: torch.Tensor, kernel: Sequence[int], geometry: ConvGeometry, size: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """(N, c, *S) -> patches (c, K, N·L), L output positions. Copies whole rows, where `F.unfold` goes by pixel."""
+    """(N, c, *S) -> patches (c, K, N·L), L output positions. In one copy of whole rows; `F.unfold` goes by pixel."""
     sides = [side for pad in reversed(geometry.padding) for side in (pad, pad)]
-    padded = F.pad(x, sides).transpose(0, 1)
-    patches = x.new_empty(x.shape[1], math.prod(kernel), x.shape[0], *size, dtype=dtype)
-    for tap, window in enumerate(_windows(kernel, geometry, size)):
-        patches[:, tap] = padded[(..., *window)]
-    return patches.flatten(2)
+    padded = F.pad(x, sides)
+    to_image, to_channel, *to_next = padded.stride()
+    to_tap = [step * gap for step, gap in zip(to_next, geometry.dilation, strict=True)]
+    to_position = [step * stride for step, stride in zip(to_next, geometry.stride, strict=True)]
+    windows = padded.as_strided(
+        (padded.shape[1], *kernel, padded.shape[0], *size), (to_channel, *to_tap, to_image, *to_position)
+    )
+    return x.new_empty(windows.shape, dtype=dtype).copy_(windows).flatten(1, len(kernel)).flatten(2)
 
 
 def fold(

@@ -1,6 +1,6 @@
 """`bench forms`: the forms of an adapted convolution against the frozen one, over the layers of a UNet.
 
-What it prints is what the constant REACHES of `sd_atoms.atoms.forms` is set by.
+What it prints is what the constants REACH and FEW_CHANNELS of `sd_atoms.atoms.forms` are set by.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def bench_forms(
         "machine": machine_info(device, threads),
         "layers": layers,
         "seconds_total": totals(layers),
-        "best_reaches": best_reaches(layers),
+        "best_constants": best_constants(layers),
     }
 
 
@@ -108,31 +108,28 @@ def totals(layers: list[dict]) -> dict[str, float]:
     return total
 
 
-def best_reaches(layers: list[dict]) -> dict[str, list[float | None] | float]:
-    """The ranges of the two REACHES that give the least seconds over all layers, as [from, below), and the seconds.
+def best_constants(layers: list[dict]) -> dict[str, list[float | None] | float]:
+    """The ranges of REACH and FEW_CHANNELS, as [from, below), that give the least seconds over all layers; and these.
 
-    Every shape's positions / out_channels is a place where the rule may switch; `below` is None without a bound.
+    Every shape is a place where the rule may switch; `below` is None without a bound.
     """
-    edges = [0.0, *sorted({layer["positions_per_channel"] for layer in layers})]
+    reaches = [0.0, *sorted({layer["positions_per_channel"] for layer in layers})]
+    channels = [0, *sorted({layer["out_channels"] for layer in layers})]
 
-    def seconds_at(reaches):
-        forward, backward = reaches
+    def seconds_at(constants):
+        reach, few = constants
         total = 0.0
         for layer in layers:
-            at = layer["positions_per_channel"]
-            form = "activation" if at <= forward else "split" if at <= backward else "weight"
+            split = "split" if layer["out_channels"] > few else "weight"
+            form = "activation" if layer["positions_per_channel"] <= reach else split
             total += layer["count"] * layer["seconds"][form]
         return total
 
-    def below(edge):
-        return next((above for above in edges if above > edge), None)
+    def span(edges, edge):
+        return [edge, next((above for above in edges if above > edge), None)]
 
-    forward, backward = min(itertools.combinations_with_replacement(edges, 2), key=seconds_at)
-    return {
-        "forward": [forward, below(forward)],
-        "backward": [backward, below(backward)],
-        "seconds": seconds_at((forward, backward)),
-    }
+    reach, few = min(itertools.product(reaches, channels), key=seconds_at)
+    return {"reach": span(reaches, reach), "few_channels": span(channels, few), "seconds": seconds_at((reach, few))}
 
 
 def forms_text(result: dict) -> str:
@@ -155,10 +152,11 @@ def forms_text(result: dict) -> str:
         )
     total = result["seconds_total"]
     summary = [[name, f"{value:.2f}", ratio_text(value / total["floor"])] for name, value in total.items()]
-    best = result["best_reaches"]
+    best = result["best_constants"]
     ranges = [
-        f"{name} from {best[name][0]:.3g} to " + ("any" if best[name][1] is None else f"below {best[name][1]:.3g}")
-        for name in ("forward", "backward")
+        f"{name.upper()} from {best[name][0]:.3g} to "
+        + ("any" if best[name][1] is None else f"below {best[name][1]:.3g}")
+        for name in ("reach", "few_channels")
     ]
     return "\n".join(
         [
@@ -167,6 +165,6 @@ def forms_text(result: dict) -> str:
             text_table(header, rows),
             "",
             text_table(["all 3×3 convolutions", "seconds", "to floor"], summary),
-            f"best REACHES: {', '.join(ranges)}, {best['seconds']:.2f} s",
+            f"best {', '.join(ranges)}: {best['seconds']:.2f} s",
         ]
     )

@@ -114,14 +114,15 @@ def test_only_the_input_the_weight_and_the_mixing_are_kept_for_backward(form):
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr(), mixing.data_ptr()}
 
 
-@pytest.mark.parametrize("reach", [1, 10**9], ids=["as convolutions", "as products"])
+@pytest.mark.parametrize("out_channels", [12, 400], ids=["more positions", "more channels"])
+@pytest.mark.parametrize("uncut", [0, 10**9], ids=["in blocks", "uncut"])
 @pytest.mark.parametrize("form", ["activation", "split"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_products_of_activations_in_float32(reach, form, groups, monkeypatch):
-    monkeypatch.setattr(forms, "CONVOLUTION_POSITIONS", reach)
+def test_products_of_activations_in_float32(out_channels, uncut, form, groups, monkeypatch):
+    monkeypatch.setattr(forms, "UNCUT_BYTES", uncut)
     monkeypatch.setattr(forms, "BLOCK_BYTES", 3 * 9 * 4 * 2 * 90)  # three channels a block
     geometry = ConvGeometry(padding=(1, 1), groups=groups)
-    weight, mixing, bias = layer(groups=groups, out_channels=12, in_channels=8)
+    weight, mixing, bias = layer(groups=groups, out_channels=out_channels, in_channels=8)
     outcomes = []
     for function, dtype in ((by_definition, torch.float64), (lambda *a: adapted(*a, form=form), torch.float32)):
         inputs = [value.detach().to(dtype).requires_grad_() for value in (random(2, 8, 9, 10, seed=3), mixing)]
@@ -209,19 +210,18 @@ def test_half_precision_stays_within_its_rounding(form, dtype):
 
 
 def test_auto_prefers_activations_where_channels_outnumber_positions(monkeypatch):
-    monkeypatch.setattr(forms, "REACHES", (1.0, math.inf))
+    monkeypatch.setattr(forms, "FEW_CHANNELS", 16)
     assert pick_form(64, 1280, 1) == "activation"  # the bottom of SD's UNet at 512 px
     assert pick_form(4096, 320, 1) == "split"  # its top
     assert pick_form(4096, 320, 1, cpu=False) == "weight"
     assert pick_form(1024, 640, per_channel=True) == "activation"
     assert pick_form(4096, 4) == "weight"  # the last one: less to multiply than to move
     assert pick_form(64, 1280, 1280) == "weight"  # depthwise: nothing to save
-    monkeypatch.setattr(forms, "REACHES", (0.1, 1.0))
-    assert pick_form(64, 1280, 1) == "activation"
-    assert pick_form(256, 1280, 1) == "split"
-    assert pick_form(256, 1280, 1, per_channel=True) == "activation"
-    assert pick_form(256, 1280, 1, cpu=False) == "activation"
-    assert pick_form(4096, 320, 1) == "weight"
+    monkeypatch.setattr(forms, "FEW_CHANNELS", 255)
+    assert pick_form(64, 192, 1) == "activation"
+    assert pick_form(256, 192, 1) == "weight"
+    assert pick_form(256, 192, 1, per_channel=True) == "activation"
+    assert pick_form(4096, 320, 1) == "split"
 
 
 @pytest.mark.parametrize(("size", "contiguous"), [(1, False), (16, True)])

@@ -23,16 +23,22 @@ def test_forms_times_every_shape_and_adds_up(bench, tmp_path):
     for layer in result["layers"]:
         height, width = layer["input_size"]
         assert f"{layer['in_channels']}→{layer['out_channels']} @ {height}×{width} " in printed
-    assert result["best_reaches"]["seconds"] >= total["best of each"]
+    assert result["best_constants"]["seconds"] >= total["best of each"]
 
 
-def test_best_reaches_are_where_the_forms_cross():
-    def layer(positions_per_channel, weight, activation, split):
+def test_best_constants_are_where_the_forms_cross():
+    def layer(positions_per_channel, out_channels, weight, activation, split):
         seconds = {"floor": 1.0, "weight": weight, "activation": activation, "split": split}
-        return dict(count=2, positions_per_channel=positions_per_channel, seconds=seconds)
+        shape = dict(positions_per_channel=positions_per_channel, out_channels=out_channels)
+        return dict(count=2, seconds=seconds, **shape)
 
-    layers = [layer(4.0, 1.0, 3.0, 2.5), layer(0.5, 3.0, 1.0, 1.5), layer(1.5, 2.0, 1.5, 1.25)]
-    assert forms.best_reaches(layers) == {"forward": [0.5, 1.5], "backward": [1.5, 4.0], "seconds": 2 * (1 + 1.25 + 1)}
+    layers = [
+        layer(4.0, 64, 1.0, 3.0, 2.5),
+        layer(0.5, 640, 3.0, 1.0, 1.5),
+        layer(1.5, 320, 2.0, 1.5, 1.25),
+    ]
+    seconds = 2 * (1 + 1 + 1.25)
+    assert forms.best_constants(layers) == {"reach": [0.5, 1.5], "few_channels": [64, 320], "seconds": seconds}
 
 
 def test_a_resolution_that_latents_do_not_fit_is_refused(capsys):
