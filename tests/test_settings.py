@@ -91,9 +91,10 @@ def test_settings_that_do_not_go_together_are_reported_at_once():
         train_config(**NEEDED, train_token_embedding=True)
 
 
-@pytest.mark.parametrize("name", ["castle", "canal"])
+@pytest.mark.parametrize("name", ["castle", "canal", "castle_blocks", "canal_blocks"])
 def test_the_packaged_configurations_are_valid(name):
-    assert resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").text.placeholder_token == f"<{name}>"
+    own = resolve(TrainConfig, {}, f"configs/pocket/{name}.yaml").text
+    assert own.placeholder_token == f"<{own.initializer_token}>"
 
 
 def test_several_concepts_come_from_yaml_and_go_back_into_it(tmp_path):

@@ -181,8 +181,9 @@ def _backward_by_weight(grad, x, weight, terms, geometry, wants_x, wanted):
 
 def _layer_backward(grad, x, weight, geometry, wants_x, wants_weight):
     if geometry is None:
-        grad_x = grad @ weight if wants_x else None
-        return grad_x, (grad.flatten(0, -2).T @ x.flatten(0, -2) if wants_weight else None)
+        rows = grad.flatten(0, -2)
+        grad_x = product(rows, weight).view(x.shape) if wants_x else None
+        return grad_x, (transposed_product(rows, x.flatten(0, -2)) if wants_weight else None)
     stride, padding, dilation, groups = geometry
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups,

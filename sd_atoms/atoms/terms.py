@@ -58,6 +58,9 @@ def effective_weight(
         return weight
     filters = filters_of(weight)
     dtype = mixing_dtype(weight.dtype)
+    if len(terms) == 1 and terms[0].block:
+        codes = filters if terms[0].codes is None else terms[0].codes
+        return _mix_blocks(codes.to(dtype), terms[0]).to(weight.dtype).reshape(weight.shape)
     shape = filters.shape
     per_channel = any(term.per_channel for term in terms)
     # a depthwise filter has one input channel: then (o, T) @ (T, K) is the product with long sides
