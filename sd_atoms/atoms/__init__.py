@@ -7,7 +7,7 @@ atoms C = F·Dᵀ, so F + ΔF = F·(I + Dᵀ·ΔD) = F·A: the whole adapter of 
 
 from sd_atoms.atoms.decompose import relative_error, svd_atoms
 from sd_atoms.atoms.forms import FORMS, atoms_layer, pick_form
-from sd_atoms.atoms.layout import block_of, block_rows, filter_rows, filters_of, mixing_dtype, taps
+from sd_atoms.atoms.layout import block_of, block_rows, filter_rows, filters_of, mixing_dtype, taps, unblock_rows
 from sd_atoms.atoms.overcomplete import channel_change, initial_beta
 from sd_atoms.atoms.patches import ConvGeometry
 from sd_atoms.atoms.sparse import SparseAtoms, sparse_atoms, sparse_coefficients, sparse_objective
@@ -35,4 +35,5 @@ __all__ = [
     "sparse_objective",
     "svd_atoms",
     "taps",
+    "unblock_rows",
 ]

@@ -208,7 +208,7 @@ def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype, h
 
 
 def _comfy_bytes(contents: Contents, header: dict[str, str]) -> int:
-    shapes = {kohya_key(UNET, name, "atoms_b"): b.shape for name, b in contents.mixed.items()}
+    shapes = {kohya_key(UNET, name, part): b.shape for (name, part), b in contents.mixed.items()}
     return tensors_bytes(shapes, torch.float32, header) + NODE.stat().st_size
 
 

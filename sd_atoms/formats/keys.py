@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sd_atoms.formats.names import demangled, mangled, unet_from_ldm
 
 UNET, TEXT, WORD = "unet", "text_encoder", "word"
-ATOMS_B = ".atoms_b"  # the end of keys that our node for ComfyUI reads
+ATOMS_B, ATOMS_BLOCK_B = ".atoms_b", ".atoms_block_b"  # the ends of keys that our node for ComfyUI reads
 # the ends of keys; several write the same part, and those of diffusers mean the same as kohya's
 _ENDS = {
     "lora_up.weight": "lora_up",

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, parse_keys
+from sd_atoms.formats.keys import ATOMS_B, ATOMS_BLOCK_B, TEXT, UNET, WORD, is_sdxl, parse_keys
 from sd_atoms.formats.programs import ALL, contents_of, programs
 from sd_atoms.methods.imported import check_fit
 from sd_atoms.pipeline.architectures import build_unet, unet_config
@@ -64,7 +64,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         base = WIDTHS.get(rows.shape[-1])
         found |= {"kind": f"word: embedding of {len(rows)} rows", "base": base, "damage": damage}
         return found | {"programs": _taken(dict.fromkeys(ALL), base is None, damage)}
-    if any(key.endswith(ATOMS_B) for key in shapes):
+    if any(key.endswith((ATOMS_B, ATOMS_BLOCK_B)) for key in shapes):
         others = dict.fromkeys(ALL, "it does not know our matrix B")
         others |= {"ComfyUI": None if damage == OVERCOMPLETE else damage, "sd_atoms": damage}
         return found | {"kind": COMFY, "base": _named_base(metadata), "programs": others}

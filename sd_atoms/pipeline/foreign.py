@@ -12,7 +12,7 @@ import torch
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json
-from sd_atoms.formats.keys import ATOMS_B, TEXT, UNET, WORD, is_sdxl, layer_name, parse_keys
+from sd_atoms.formats.keys import ATOMS_B, ATOMS_BLOCK_B, TEXT, UNET, WORD, is_sdxl, layer_name, parse_keys
 from sd_atoms.formats.names import demangled
 from sd_atoms.formats.programs import is_known_by
 from sd_atoms.methods.adapters import one_line
@@ -30,6 +30,7 @@ OVERCOMPLETE = (
     "overcomplete atoms for ComfyUI, one matrix B for each input channel, of which β and D1 are not known any more; "
     "take the adapter that it was exported from"
 )
+BLOCKS = "block atoms for ComfyUI, one file of several settings; take the adapter that it was exported from"
 _BARE_KEYS = re.compile(
     r"(base_model\.model\.|down_blocks\.|mid_block\.|up_blocks\.|conv_in\.|conv_out\.|encoder\.layers\.)"
     r".*(lora_|hada_|lokr_|oft_).*"
@@ -66,7 +67,7 @@ def read_foreign(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     if words is not None:
         _check_finite(path, tensors)
         return Foreign(None, {}, None, {}, words, [])
-    if tensors and all(key.endswith(ATOMS_B) for key in tensors):
+    if tensors and all(key.endswith((ATOMS_B, ATOMS_BLOCK_B)) for key in tensors):
         return _comfy_atoms(path, tensors)
     entries, left_over = parse_keys(tensors)
     if is_sdxl(tensors) or metadata.get("ss_base_model_version", "").startswith("sdxl"):
@@ -147,6 +148,8 @@ def _comfy_atoms(path: Path, tensors: Mapping[str, torch.Tensor]) -> Foreign:
     _check_finite(path, tensors)
     state = {}
     for key, b in tensors.items():
+        if key.endswith(ATOMS_BLOCK_B):
+            raise UserError(f"{path}: {BLOCKS}")
         layer = demangled(key.removeprefix("lora_unet_").removesuffix(ATOMS_B))
         if layer is None or b.dim() not in (2, 3) or b.shape[-1] != b.shape[-2] or not b.numel():
             raise UserError(f"{path}: corrupt, {key} has shape {tuple(b.shape)}; (K, K) or (i, K, K) is allowed")

@@ -31,7 +31,7 @@ class Contents:
     the base, None where they have no name for it."""
 
     layers: dict[tuple[str, str], Change] = field(default_factory=dict)
-    mixed: dict[str, torch.Tensor] = field(default_factory=dict)
+    mixed: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     modules: dict[str, torch.Size] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def gather(
         if artefact.is_atoms and why_not([artefact.config]) is None:
             own = mixings(pipe.unet, "export")
             add_mixings(contents.mixed, own)
-            contents.weights |= {name: base_weight(pipe.unet.get_submodule(name)).detach() for name in own}
+            contents.weights |= {name: base_weight(pipe.unet.get_submodule(name)).detach() for name, _ in own}
         for token, row in artefact.tokens.items():
             if not torch.equal(contents.tokens.setdefault(token, row), row):
                 contents.twice = token

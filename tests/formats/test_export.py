@@ -1,6 +1,7 @@
 """What `sd-atoms export` writes, taken by plain diffusers, by LyCORIS and by our own reading, for every method."""
 
 import importlib.util
+import re
 import sys
 import types
 
@@ -231,7 +232,10 @@ def test_a_lossy_rank_says_what_it_loses(files, tmp_path, capsys):
     assert f"  in all: {(lost / whole) ** 0.5:.1%} of the change lost" in said
 
 
-@pytest.mark.parametrize("settings", [{}, {"m1": 3}])
+BLOCKS = [{"kc": 2, "target": "conv+linear"}, {"kc": 4, "m1": 3, "block_layers": "all"}]
+
+
+@pytest.mark.parametrize("settings", [{}, {"m1": 3}, *BLOCKS])
 def test_the_node_of_comfyui_makes_the_change(tmp_path, monkeypatch, settings):
     file = write_adapter(tmp_path / "a.safetensors", tiny_base(), "atoms", **settings)
     assert export(file, "--to", "comfy", "--out", tmp_path, "--name", "x") == 0
@@ -254,6 +258,19 @@ def test_the_node_of_comfyui_makes_the_change(tmp_path, monkeypatch, settings):
         assert torch.allclose(made, layer.base_weight + 0.5 * layer.get_delta_weight("default"), atol=1e-6)
     assert taken == set(state)
     assert adapter.load("lora_unet_x", state, None, None) is None
+
+
+def test_block_atoms_for_comfyui_add_up_where_they_are_of_one_size(tmp_path, capsys):
+    files = [
+        write_adapter(tmp_path / f"{number}.safetensors", tiny_base(), "atoms", kc=kc, m=m, tokens=(), target=target)
+        for number, (kc, m, target) in enumerate([(2, 9, "conv+linear"), (2, 0, "attn"), (4, 9, "conv+linear")])
+    ]
+    assert export(f"{files[0]},{files[1]}", "--to", "comfy", "--out", tmp_path, "--name", "both") == 0
+    assert float(re.search(r"its change differs by (\S+) of itself", capsys.readouterr().out)[1]) < 1e-6
+    assert export(tmp_path / "both-comfy.safetensors", "--to", "diff", "--out", tmp_path) == 2
+    assert "block atoms for ComfyUI" in capsys.readouterr().err
+    assert export(f"{files[0]},{files[2]}", "--to", "comfy", "--out", tmp_path, "--name", "apart") == 2
+    assert "--to comfy: block atoms of several sizes have no matrix in common" in capsys.readouterr().err
 
 
 def test_another_base_is_refused_unless_asked_for(files, tmp_path, capsys):
