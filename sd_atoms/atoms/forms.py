@@ -21,16 +21,16 @@ import torch.nn.functional as F
 
 from sd_atoms.atoms.layout import filters_of, mixing_dtype, taps
 from sd_atoms.atoms.patches import ConvGeometry, fold, unfold
-from sd_atoms.atoms.products import ON_AMD, product, transposed_product
+from sd_atoms.atoms.products import BY_ONEDNN, add_product, product, transposed_product
 from sd_atoms.atoms.terms import PLAIN, Term, effective_weight, mixing_gradient
 
 FORMS = ("auto", "weight", "activation", "split")
 
 # Up to how many output positions per output channel the forward pass goes by activation, and up to how many output
-# channels a weight gradient costs less than the patches that it would save; measured (`sd-atoms bench forms`): AMD's
-# processors move patches more slowly than Intel's, beside what they multiply.
+# channels a weight gradient costs less than the patches that it would save; measured (`sd-atoms bench forms`) on an
+# Intel Xeon with AMX, and on an AMD EPYC with AVX-512, which moves patches more slowly beside what it multiplies.
 REACH = 1.0
-FEW_CHANNELS = 255 if ON_AMD else 16
+FEW_CHANNELS = 255 if BY_ONEDNN else 16
 # Atoms per channel mix weights more slowly than patches: so many times as far.
 CHANNEL_REACH = 2.0
 
@@ -42,7 +42,7 @@ LIGHT_WEIGHT = 3
 BLOCK_BYTES = 2 * 2**20
 # oneDNN copies what it is given a part of. With fewer positions than output channels a part of the weight is more to
 # copy than patches of so many bytes cost outside of the cache.
-UNCUT_BYTES = 12 * 2**20 if ON_AMD else 0
+UNCUT_BYTES = 12 * 2**20 if BY_ONEDNN else 0
 
 # The hooks that checkpointing and offloading put around what autograd keeps; None where there are none.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -181,9 +181,9 @@ def _backward_by_weight(grad, x, weight, terms, geometry, wants_x, wanted):
 
 def _layer_backward(grad, x, weight, geometry, wants_x, wants_weight):
     if geometry is None:
-        rows = grad.flatten(0, -2)
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = product(rows, weight).view(x.shape) if wants_x else None
-        return grad_x, (transposed_product(rows, x.flatten(0, -2)) if wants_weight else None)
+        return grad_x, (transposed_product(rows, inputs) if wants_weight else None)
     stride, padding, dilation, groups = geometry
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups,
@@ -206,7 +206,7 @@ def _forward_by_activation(x, weight, terms, bias, geometry):
             mixed = patches if term.mixing is None else torch.bmm(_mixing(term, inputs, dtype), patches)
             mixed = mixed.to(x.dtype).flatten(0, 1)
             # (o/g, c*T) @ (c*T, N*L) -> (o/g, N*L)
-            y[outputs] += product(part, mixed)
+            add_product(y[outputs], part, mixed)
     if bias is not None:
         y += bias.unsqueeze(1)
     return y.unflatten(1, (x.shape[0], *size)).transpose(0, 1).contiguous()

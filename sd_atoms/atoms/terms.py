@@ -48,8 +48,9 @@ def effective_weight(
 ) -> torch.Tensor:
     """Σ Q·M with the shape and dtype of `weight`, to be used up at once; in any layout unless `contiguous`.
 
-    On the CPU it lies in a buffer that the next call in this thread writes over: a fresh one of this size would cost
-    more than the product, in pages that the system has to hand out (28 of 38 ms for a 1280→1280 layer).
+    That of blocks is a new tensor: they are turned and turned back by copies anyway. Any other lies, on the CPU, in a
+    buffer that the next call in this thread writes over: a fresh one of this size would cost more than the product, in
+    pages that the system has to hand out (28 of 38 ms for a 1280→1280 layer).
 
     There the taps are stored before the input channels, as in channels-last weights, since (K, T) @ (T, i) products
     are several times faster than (o·i, T) @ (T, K), whose sides are too short to fill the vector units.

@@ -14,7 +14,7 @@ from sd_atoms.formats.keys import ATOMS_B, ATOMS_BLOCK_B, TEXT, UNET, WORD, is_s
 from sd_atoms.formats.programs import ALL, contents_of, programs
 from sd_atoms.methods.imported import check_fit
 from sd_atoms.pipeline.architectures import build_unet, unet_config
-from sd_atoms.pipeline.foreign import BARE, OVERCOMPLETE, ROW_KEYS, is_bare, read_foreign
+from sd_atoms.pipeline.foreign import BARE, BLOCKS, OVERCOMPLETE, ROW_KEYS, is_bare, read_foreign
 from sd_atoms.pipeline.single_file import UNET_PREFIX
 
 WHOLE_MODEL = "whole model under LDM's names"
@@ -66,7 +66,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         return found | {"programs": _taken(dict.fromkeys(ALL), base is None, damage)}
     if any(key.endswith((ATOMS_B, ATOMS_BLOCK_B)) for key in shapes):
         others = dict.fromkeys(ALL, "it does not know our matrix B")
-        others |= {"ComfyUI": None if damage == OVERCOMPLETE else damage, "sd_atoms": damage}
+        others |= {"ComfyUI": None if damage in (BLOCKS, OVERCOMPLETE) else damage, "sd_atoms": damage}
         return found | {"kind": COMFY, "base": _named_base(metadata), "programs": others}
     if not entries:
         return found | {"kind": _other_kind(shapes), "base": WIDTHS.get(_context(shapes))}

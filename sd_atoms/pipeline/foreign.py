@@ -30,7 +30,10 @@ OVERCOMPLETE = (
     "overcomplete atoms for ComfyUI, one matrix B for each input channel, of which β and D1 are not known any more; "
     "take the adapter that it was exported from"
 )
-BLOCKS = "block atoms for ComfyUI, one file of several settings; take the adapter that it was exported from"
+BLOCKS = (
+    "block atoms for ComfyUI, whose matrices do not say which atoms they came from; take the adapter that it was "
+    "exported from"
+)
 _BARE_KEYS = re.compile(
     r"(base_model\.model\.|down_blocks\.|mid_block\.|up_blocks\.|conv_in\.|conv_out\.|encoder\.layers\.)"
     r".*(lora_|hada_|lokr_|oft_).*"

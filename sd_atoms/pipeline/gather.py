@@ -68,7 +68,7 @@ def gather(
             set_adapters(model, ["export"], [strength])
             changes = {(part, name): change for name, change in network_changes(model, "export")}
             add_changes(contents.layers, changes)
-        if artefact.is_atoms and why_not([artefact.config]) is None:
+        if why_not([artefact.config for artefact in artefacts]) is None:
             own = mixings(pipe.unet, "export")
             add_mixings(contents.mixed, own)
             contents.weights |= {name: base_weight(pipe.unet.get_submodule(name)).detach() for name, _ in own}

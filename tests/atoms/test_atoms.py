@@ -114,8 +114,9 @@ def test_only_the_input_the_weight_and_the_mixing_are_kept_for_backward(form):
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr(), mixing.data_ptr()}
 
 
-@pytest.mark.parametrize("out_channels", [12, 400], ids=["more positions", "more channels"])
-@pytest.mark.parametrize("uncut", [0, 10**9], ids=["in blocks", "uncut"])
+@pytest.mark.parametrize(
+    ("out_channels", "uncut"), [(12, 0), (400, 0), (400, 10**9)], ids=["more positions", "more channels", "uncut"]
+)
 @pytest.mark.parametrize("form", ["activation", "split"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_products_of_activations_in_float32(out_channels, uncut, form, groups, monkeypatch):
@@ -207,6 +208,20 @@ def test_half_precision_stays_within_its_rounding(form, dtype):
     assert got.dtype == dtype
     # each of the 144 products of a sum is rounded a few times; the errors add up like a random walk
     assert (got.double() - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (0, 8)])
+def test_a_linear_layer_takes_inputs_of_any_shape(shape):
+    x, weight = random(*shape).requires_grad_(), random(6, 8, seed=1)
+    mixing = torch.eye(4, dtype=torch.float64) + random(4, 4, seed=2)
+    mixing.requires_grad_()
+    blocks = torch.einsum("OaIb,abcd->OcId", weight.view(3, 2, 4, 2), mixing.view(2, 2, 2, 2))
+    expected = x @ blocks.reshape(6, 8).T
+    got = atoms_layer(x, weight, [Term(None, mixing, (2, 2))], None, None)
+    grad = random(*expected.shape, seed=3)
+    assert torch.allclose(got, expected)
+    for one, other in zip(*(torch.autograd.grad(y, (x, mixing), grad) for y in (got, expected)), strict=True):
+        assert torch.allclose(one, other)
 
 
 def test_auto_prefers_activations_where_channels_outnumber_positions(monkeypatch):

@@ -269,6 +269,7 @@ def test_block_atoms_for_comfyui_add_up_where_they_are_of_one_size(tmp_path, cap
     assert float(re.search(r"its change differs by (\S+) of itself", capsys.readouterr().out)[1]) < 1e-6
     assert export(tmp_path / "both-comfy.safetensors", "--to", "diff", "--out", tmp_path) == 2
     assert "block atoms for ComfyUI" in capsys.readouterr().err
+    assert export(f"{files[0]},{files[2]}") == 0
     assert export(f"{files[0]},{files[2]}", "--to", "comfy", "--out", tmp_path, "--name", "apart") == 2
     assert "--to comfy: block atoms of several sizes have no matrix in common" in capsys.readouterr().err
 

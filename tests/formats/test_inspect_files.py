@@ -166,10 +166,16 @@ def test_import_of_a_comfy_file_is_the_atoms_again(tmp_path, capsys):
     for name in read_artefact(atoms).layers:
         layer = pipe.unet.get_submodule(name)
         assert torch.allclose(layer.get_delta_weight("one"), layer.get_delta_weight("two"), atol=1e-6)
-    mixed = write_adapter(tmp_path / "mixed.safetensors", tiny_base(), "atoms", m1=3)
-    assert main(["export", str(mixed), *to, "y"]) == 0
-    assert main(["import", str(tmp_path / "y-comfy.safetensors"), "--base", tiny_base()]) == 2
-    assert "overcomplete atoms for ComfyUI" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "kind"), [({"m1": 3}, "overcomplete"), ({"kc": 2, "target": "attn"}, "block")])
+def test_a_comfy_file_that_does_not_say_its_atoms_is_for_comfyui_alone(tmp_path, capsys, settings, kind):
+    atoms = write_adapter(tmp_path / "atoms.safetensors", tiny_base(), "atoms", **settings)
+    assert main(["export", str(atoms), "--to", "comfy", "--out", str(tmp_path), "--name", "y"]) == 0
+    file = tmp_path / "y-comfy.safetensors"
+    assert {name for name, why in describe_file(file)["programs"].items() if why is None} == {"ComfyUI"}
+    assert main(["import", str(file), "--base", tiny_base()]) == 2
+    assert f"{kind} atoms for ComfyUI" in capsys.readouterr().err
 
 
 def test_a_lora_of_the_text_encoder_alone(tmp_path, capsys):
