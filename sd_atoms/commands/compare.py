@@ -8,7 +8,6 @@ several that share the folder, the work is divided.
 import argparse
 import os
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,31 +15,17 @@ from typing import Any
 
 import yaml
 
-from sd_atoms.commands import train
+from sd_atoms.commands import experiment
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
-from sd_atoms.files import write_json, write_text
+from sd_atoms.files import write_text
 from sd_atoms.jobs.drawing import check_surroundings, draw_run, score_drawn
 from sd_atoms.jobs.experiment import FORCED, read_plan
-from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Run, chosen_rate
-from sd_atoms.jobs.queue import HOW, TAKEN, Job, QueueSettings, Taken, held, note_failure, run_jobs, status_text
-from sd_atoms.jobs.results import (
-    QUEUE,
-    SCORES,
-    check_rates_settled,
-    check_same,
-    check_scored_as_planned,
-    collected,
-    judges,
-    merge_from,
-    read_scores,
-    selection_score,
-)
-from sd_atoms.machine import forget_accelerator, make_accelerator
+from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Run
+from sd_atoms.jobs.queue import HOW, Job, QueueSettings, run_jobs, status_text
+from sd_atoms.jobs.results import QUEUE, SCORES, check_scored_as_planned, collected, judges, merge_from, read_scores
 from sd_atoms.report.comparison import Comparison, report_text, write_report
-from sd_atoms.settings import add_flags, fields_of, replaced, resolve, section, setting, to_yaml, unmet_needs
-from sd_atoms.training.optimiser import with_defaults
-from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
+from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, to_yaml, unmet_needs
 
 
 @dataclass(frozen=True)
@@ -87,19 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     plan = read_plan(file, flags)
     if working.run is not None:
-        try:
-            do_run(plan, plan.named(working.run))
-        except Taken:
-            print(f"{working.run}: another process works at it", file=sys.stderr)
-            raise SystemExit(TAKEN) from None
-        except UserError as error:
-            note_failure(plan.folder / QUEUE, working.run, str(error))
-            raise
+        experiment.run_one(plan, working.run, do_run)
     elif working.dry_run:
         print(plan_text(plan, working.step_seconds, working.image_seconds))
     else:
         jobs = jobs_of(plan, file, flags)
-        print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
+        print(status_text(jobs, plan.folder / QUEUE, experiment.seconds_of, lambda job: experiment.step_of(plan, job)))
 
 
 def compare(
@@ -151,46 +129,20 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
 
 
 def do_run(plan: Plan, run: Run) -> None:
-    """Trains, draws and scores one run, as far as that is not done.
+    """Trains, draws and scores one run, as far as that is not done; raises as `experiment.finish`."""
 
-    Raises:
-        Taken: another process does it.
-        UserError: something in it is wrong, or what it needs is not there.
-        Interrupted: Ctrl-C or SIGTERM while it trained; a checkpoint is on disk.
-    """
-    with held(plan.folder / QUEUE, run.name):
-        folder = plan.run_folder(run)
-        if (folder / SCORES).exists():
-            return
-        started = time.monotonic()
-        check_rates_settled(plan, run)
-        rate = chosen_rate(plan, run, lambda other: selection_score(plan, other))
-        config = with_defaults(plan.config(run, rate))
-        if run.stage != PRETRAINED:
-            check_same(config, folder)
-            if not (folder / METRICS).exists():
-                train.run(replaced(config, resume_from_checkpoint="latest"))
-                forget_accelerator()
-        accelerator = make_accelerator()
-        drawn = draw_run(plan, run, config, accelerator)
-        result = score_drawn(plan, run, config, drawn, accelerator)
-        write_json(folder / SCORES, result | {"seconds": time.monotonic() - started})
+    def scored(config, accelerator):
+        return score_drawn(plan, run, config, draw_run(plan, run, config, accelerator), accelerator)
+
+    experiment.finish(plan, run, scored)
 
 
 def jobs_of(plan: Plan, file: str, flags: Mapping[str, Any]) -> list[Job]:
     """Every run as a process of its own."""
-    words = [
-        sys.executable,
-        "-m",
-        "sd_atoms",
-        "compare",
-        file,
-        *(f"--{name}={_word(flags[name])}" for name in flags if flags[name] is not None),
-    ]
-    return [
-        Job(run.name, plan.run_folder(run) / SCORES, (*words, f"--run={run.name}"), run.needs, run.rate_runs)
-        for run in plan.runs
-    ]
+    words = [sys.executable, "-m", "sd_atoms", "compare", file]
+    return experiment.jobs_of(
+        plan, [*words, *(f"--{name}={_word(own)}" for name, own in flags.items() if own is not None)]
+    )
 
 
 def check_networks(plan: Plan) -> None:
@@ -207,19 +159,12 @@ def check_networks(plan: Plan) -> None:
 
 
 def check_folders(plan: Plan) -> None:
-    """Refuses, before anything is trained, to go on with runs of other settings.
+    """Refuses, before anything is trained, to go on with runs of other settings, pictures or scores.
 
     Raises:
         UserError: a run folder holds such a run, or the folder is none of an experiment.
     """
-    if (plan.folder / CONFIG).exists():
-        raise UserError(f"output_dir: {plan.folder} holds a run, and an experiment needs a folder of its own")
-    if plan.folder.exists() and not plan.folder.is_dir():
-        raise UserError(f"output_dir: {plan.folder} is a file")
-    for run in plan.runs:
-        if run.stage != PRETRAINED:
-            # the rate that a run was given is settled when it begins
-            check_same(with_defaults(plan.config(run)), plan.run_folder(run), bool(run.rate_runs))
+    experiment.check_runs(plan)
     check_scored_as_planned(plan)
 
 
@@ -316,13 +261,3 @@ def _word(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _seconds_of(job: Job) -> float | None:
-    return read_scores(job.done).get("seconds")
-
-
-def _step_of(plan: Plan, job: Job) -> str:
-    log, run = read_log(plan.run_folder(plan.named(job.name)) / LOG), plan.named(job.name)
-    steps = plan.config(run).loop.max_train_steps
-    return f"step {log[-1]['step']} of {steps}" if log else ""

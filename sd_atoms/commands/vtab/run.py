@@ -6,38 +6,27 @@ never repeated (docs/vtab.md, docs/cluster.md).
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from sd_atoms.commands import train
+from sd_atoms.commands import experiment
 from sd_atoms.commands.classify import compare
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
-from sd_atoms.files import write_json, write_text
+from sd_atoms.files import write_text
 from sd_atoms.jobs.classifiers import ClassifierExperiment
 from sd_atoms.jobs.cluster import ClusterSettings, do_jobs
 from sd_atoms.jobs.experiment import FORCED
 from sd_atoms.jobs.plan import PRETRAINED, Run
-from sd_atoms.jobs.queue import (
-    HOW,
-    TAKEN,
-    Job,
-    QueueSettings,
-    Taken,
-    held,
-    note_failure,
-    status_text,
-)
-from sd_atoms.jobs.results import QUEUE, SCORES, check_same, read_scores
+from sd_atoms.jobs.queue import HOW, Job, QueueSettings, status_text
+from sd_atoms.jobs.results import QUEUE
 from sd_atoms.jobs.set_cost import plan_text
 from sd_atoms.jobs.set_drawing import check_sets_scored_as_planned, draw_set, reference_of, score_set
 from sd_atoms.jobs.set_report import set_comparison
 from sd_atoms.jobs.sets import SetExperiment, SetPlan, read_set_plan
-from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.report.sets import write_set_report
 from sd_atoms.settings import (
     add_flags,
@@ -50,8 +39,6 @@ from sd_atoms.settings import (
     to_yaml,
     unmet_needs,
 )
-from sd_atoms.training.optimiser import with_defaults
-from sd_atoms.training.run_folder import CONFIG, LOG, METRICS, read_log
 
 KINDS = ("generate", "classify")
 
@@ -107,12 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     plan = read_set_plan(file, flags)
     if working.run is not None:
-        run_one(plan, working.run)
+        experiment.run_one(plan, working.run, do_run)
     elif working.dry_run:
         print(plan_text(plan))
     elif working.queue.status:
         jobs = jobs_of(plan, file, flags)
-        print(status_text(jobs, plan.folder / QUEUE, _seconds_of, lambda job: _step_of(plan, job)))
+        print(status_text(jobs, plan.folder / QUEUE, experiment.seconds_of, lambda job: experiment.step_of(plan, job)))
     else:
         failed = work_through(plan, jobs_of(plan, file, flags), working, command(file, flags))
         if working.report:
@@ -136,22 +123,6 @@ def classify(file: str, flags: Mapping[str, Any], working: Working) -> None:
         raise UserError("config is required with kind=classify, such as configs/vtab/classify_demo.yaml")
     words = (*command(file, flags), "--kind=classify")
     compare.compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
-
-
-def run_one(plan: SetPlan, name: str) -> None:
-    """One run, here and now; how it fails is left for the queue, whichever that is.
-
-    Raises:
-        SystemExit: TAKEN, if another process works at it.
-    """
-    try:
-        do_run(plan, plan.named(name))
-    except Taken:
-        print(f"{name}: another process works at it", file=sys.stderr)
-        raise SystemExit(TAKEN) from None
-    except UserError as error:
-        note_failure(plan.folder / QUEUE, name, str(error))
-        raise
 
 
 def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[str, ...]) -> dict[str, str]:
@@ -179,44 +150,24 @@ def check_plan(plan: SetPlan) -> None:
     Raises:
         UserError: so it is.
     """
-    if (plan.folder / CONFIG).exists():
-        raise UserError(f"output_dir: {plan.folder} holds a run, and an experiment needs a folder of its own")
-    if plan.folder.exists() and not plan.folder.is_dir():
-        raise UserError(f"output_dir: {plan.folder} is a file")
+    experiment.check_runs(plan)
     for run in plan.runs:
         if run.stage == PRETRAINED:  # one of each set
             reference_of(plan, run)
-        else:
-            check_same(with_defaults(plan.config(run)), plan.run_folder(run))
     check_sets_scored_as_planned(plan)
     for name in plan.networks:
         open_network(name)
 
 
 def do_run(plan: SetPlan, run: Run) -> None:
-    """Trains, generates and scores one run, as far as that is not done.
+    """Trains, generates and scores one run, as far as that is not done; raises as `experiment.finish`."""
 
-    Raises:
-        Taken: another process does it.
-        UserError: something in it is wrong.
-        Interrupted: Ctrl-C or SIGTERM while it trained; a checkpoint is on disk.
-    """
-    with held(plan.folder / QUEUE, run.name):
-        folder = plan.run_folder(run)
-        if (folder / SCORES).exists():
-            return
-        started = time.monotonic()
-        config = with_defaults(plan.config(run))
-        if run.stage != PRETRAINED:
-            check_same(config, folder)
-            if not (folder / METRICS).exists():
-                train.run(replaced(config, resume_from_checkpoint="latest"))
-                forget_accelerator()
-        accelerator = make_accelerator()
+    def scored(config, accelerator):
         reference = reference_of(plan, run)
         generated = draw_set(plan, run, config, reference, accelerator)
-        result = score_set(plan, run, config, generated, reference, accelerator)
-        write_json(folder / SCORES, result | {"seconds": time.monotonic() - started})
+        return score_set(plan, run, config, generated, reference, accelerator)
+
+    experiment.finish(plan, run, scored)
 
 
 def report(plan: SetPlan, failed: Mapping[str, str]) -> None:
@@ -237,8 +188,7 @@ def report(plan: SetPlan, failed: Mapping[str, str]) -> None:
 
 def jobs_of(plan: SetPlan, file: str, flags: Mapping[str, Any]) -> list[Job]:
     """Every run as a process of its own."""
-    words = command(file, flags)
-    return [Job(run.name, plan.run_folder(run) / SCORES, (*words, f"--run={run.name}")) for run in plan.runs]
+    return experiment.jobs_of(plan, command(file, flags))
 
 
 def command(file: str, flags: Mapping[str, Any]) -> tuple[str, ...]:
@@ -254,17 +204,3 @@ def experiment_yaml(plan: SetPlan) -> str:
         del shared[name]
     parts = {"settings": shared, "methods": dict(plan.methods)}
     return to_yaml(plan.experiment) + yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=119)
-
-
-def _seconds_of(job: Job) -> float | None:
-    return read_scores(job.done).get("seconds")
-
-
-def _step_of(plan: SetPlan, job: Job) -> str:
-    run = plan.named(job.name)
-    log = read_log(plan.run_folder(run) / LOG)
-    if run.stage == PRETRAINED or not log:
-        return ""
-    if (plan.run_folder(run) / METRICS).exists():
-        return "generates and scores"
-    return f"step {log[-1]['step']} of {plan.config(run).loop.max_train_steps}"
