@@ -23,7 +23,7 @@ from sd_atoms.jobs.drawing import check_surroundings, draw_run, score_drawn
 from sd_atoms.jobs.experiment import FORCED, read_plan
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Run
 from sd_atoms.jobs.queue import HOW, Job, QueueSettings, run_jobs, status_text
-from sd_atoms.jobs.results import QUEUE, SCORES, check_scored_as_planned, collected, judges, merge_from, read_scores
+from sd_atoms.jobs.results import QUEUE, SCORES, collected, judges, merge_from, read_scores
 from sd_atoms.report.comparison import Comparison, report_text, write_report
 from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, to_yaml, unmet_needs
 
@@ -115,13 +115,13 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
     slots = working.queue.slots()
     check_networks(plan)  # what is not there is said now, not after a training
     check_surroundings(plan)
-    check_folders(plan)
+    experiment.check_runs(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():
             merge_from(plan, Path(folder.strip()))
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
     failed = run_jobs(jobs_of(plan, file, flags), plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
-    check_folders(read_plan(file, flags))  # somebody may have changed the file meanwhile
+    experiment.check_runs(read_plan(file, flags))  # somebody may have changed the file meanwhile
     comparison = comparison_of(plan, failed)
     if not comparison.runs:
         raise UserError(f"{plan.folder}: no run could be finished; the first: {next(iter(failed.values()))}")
@@ -156,16 +156,6 @@ def check_networks(plan: Plan) -> None:
         raise UserError(f"text: {plan.experiment.text!r} knows no texts; a CLIP does")
     if plan.rates is not None and not knowing:
         raise UserError(f"networks: rates are chosen by text too, and none of {', '.join(plan.networks)} knows texts")
-
-
-def check_folders(plan: Plan) -> None:
-    """Refuses, before anything is trained, to go on with runs of other settings, pictures or scores.
-
-    Raises:
-        UserError: a run folder holds such a run, or the folder is none of an experiment.
-    """
-    experiment.check_runs(plan)
-    check_scored_as_planned(plan)
 
 
 def comparison_of(plan: Plan, failed: Mapping[str, str]) -> Comparison:
@@ -227,8 +217,7 @@ def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: floa
 
 
 def _picture_count(plan: Plan, run: Run) -> int:
-    templates = plan.tuning if run.stage == "rate" else plan.prompts
-    count = len(templates) * plan.experiment.images_per_prompt + (2 if run.stage != PRETRAINED else 0)
+    count = len(plan.templates(run)) * plan.experiment.images_per_prompt + (2 if run.stage != PRETRAINED else 0)
     if run.stage != "rate":
         count += len(plan.unrelated)
     if run.stage == "scored":

@@ -10,7 +10,15 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
 from sd_atoms.jobs.plan import PRETRAINED, Run, Runs, chosen_rate
 from sd_atoms.jobs.queue import TAKEN, Job, Taken, held, note_failure
-from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, check_same, read_scores, selection_score
+from sd_atoms.jobs.results import (
+    QUEUE,
+    SCORES,
+    check_rates_settled,
+    check_same,
+    check_scored_as_planned,
+    read_scores,
+    selection_score,
+)
 from sd_atoms.machine import forget_accelerator, make_accelerator
 from sd_atoms.settings import replaced
 from sd_atoms.training.config import TrainConfig
@@ -72,7 +80,7 @@ def finish(plan: Runs, run: Run, scored: Callable[[TrainConfig, Any], dict[str, 
 
 
 def check_runs(plan: Runs) -> None:
-    """Refuses, before anything is trained, to go on with runs of other settings.
+    """Refuses, before anything is trained, to go on with runs of other settings, pictures or scores.
 
     Raises:
         UserError: a run folder holds such a run, or the folder is none of an experiment.
@@ -85,6 +93,7 @@ def check_runs(plan: Runs) -> None:
         if run.stage != PRETRAINED:
             # the rate that a run was given is settled when it begins
             check_same(with_defaults(plan.config(run)), plan.run_folder(run), bool(run.rate_runs))
+    check_scored_as_planned(plan)
 
 
 def seconds_of(job: Job) -> float | None:

@@ -253,11 +253,11 @@ def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, 
 def _wrong_in(plan: Plan) -> list[str]:
     """What does not go together."""
     experiment, problems = plan.experiment, []
-    unknown = [name.strip() for name in experiment.metrics.split(",") if name.strip() not in MORE_GROUPS]
+    unknown = [name for name in plan.metrics if name not in MORE_GROUPS]
     problems += [f"metrics: {name!r}: of {', '.join(MORE_GROUPS)}, with commas between" for name in unknown]
     if not plan.networks:
         problems.append("networks: one or more are needed")
-    if plan.rates is not None and not {"subject", "text"} <= {name.strip() for name in experiment.metrics.split(",")}:
+    if plan.rates is not None and not {"subject", "text"} <= {*plan.metrics}:
         problems.append("metrics: rates are chosen by subject and text")
     for name in ("fidelity", "text"):
         own = getattr(experiment, name)

@@ -79,7 +79,7 @@ class Run:
 
 
 class Runs:
-    """What every plan of runs has: `experiment` with output_dir and networks, and `runs`."""
+    """What every plan of runs has: `experiment` with output_dir, networks and metrics, `runs`, and `drawn_by`."""
 
     @property
     def folder(self) -> Path:
@@ -113,6 +113,11 @@ class Runs:
         """Names of what makes features."""
         return [name.strip() for name in self.experiment.networks.split(",") if name.strip()]
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of groups of figures."""
+        return [name.strip() for name in self.experiment.metrics.split(",")]
+
 
 @dataclass(frozen=True)
 class Plan(Runs):
@@ -130,6 +135,16 @@ class Plan(Runs):
     prompts: tuple[str, ...]
     tuning: tuple[str, ...]
     unrelated: tuple[str, ...]
+
+    def templates(self, run: Run) -> tuple[str, ...]:
+        """Those that a run is scored by."""
+        return self.tuning if run.stage == "rate" else self.prompts
+
+    def drawn_by(self, run: Run) -> dict[str, Any]:
+        """What a run draws, as its scores say it."""
+        unrelated = () if run.stage == "rate" else self.unrelated
+        count = self.experiment.images_per_prompt
+        return {"prompts": list(self.templates(run)), "unrelated": list(unrelated), "images_per_prompt": count}
 
     @property
     def shown_prompts(self) -> list[int]:

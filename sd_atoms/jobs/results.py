@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
-from sd_atoms.jobs.plan import PRETRAINED, Plan, Run
+from sd_atoms.jobs.plan import PRETRAINED, Plan, Run, Runs
 from sd_atoms.jobs.queue import failure_of, held
 from sd_atoms.report.rows import selection
 from sd_atoms.settings import read_yaml
@@ -71,24 +71,18 @@ def check_same(config: TrainConfig, folder: Path, any_rate: bool = False) -> Non
         )
 
 
-def check_scored_as_planned(plan: Plan) -> None:
+def check_scored_as_planned(plan: Runs) -> None:
     """Refuses finished runs whose pictures or scores are other ones than the experiment now asks for.
 
     Raises:
         UserError: there are such.
     """
-    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
     for run in plan.runs:
         path = plan.run_folder(run) / SCORES
         if not path.exists():
             continue
         by = read_scores(path)["scored_by"]
-        wanted = {
-            "prompts": list(plan.tuning if run.stage == "rate" else plan.prompts),
-            "unrelated": [] if run.stage == "rate" else list(plan.unrelated),
-            "images_per_prompt": plan.experiment.images_per_prompt,
-            "metrics": groups,
-        }
+        wanted = plan.drawn_by(run) | {"metrics": plan.metrics}
         changed = [name for name, value in wanted.items() if by.get(name) != value]
         changed += ["networks"] if list(by.get("networks", ())) != plan.networks else []
         if changed:

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +12,33 @@ from sd_atoms.data.concepts import find_images
 from sd_atoms.data.labelled import task_images
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.data.vtab import Task
-from sd_atoms.errors import UserError
 from sd_atoms.evaluation.classes import Probe, class_coverage
 from sd_atoms.evaluation.folder import Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import Network, features_of, open_network
 from sd_atoms.evaluation.run import RESIZE
-from sd_atoms.generation import Request, generate_missing, making_notes
-from sd_atoms.jobs.plan import PRETRAINED, Run
-from sd_atoms.jobs.results import DRAWN, SCORES, read_scores
+from sd_atoms.generation import Request, generate_missing
+from sd_atoms.jobs.drawing import CACHE, Pictures, opened, said_of
+from sd_atoms.jobs.plan import Run
+from sd_atoms.jobs.results import DRAWN
 from sd_atoms.jobs.sets import SetExperiment, SetPlan
-from sd_atoms.pipeline import load_adapter, read_artefact
-from sd_atoms.pipeline.fingerprint import weights_digest
-from sd_atoms.pipeline.sizes import training_resolution_px
-from sd_atoms.sources import public_name
-from sd_atoms.training.base import open_base_of
 from sd_atoms.training.config import TrainConfig
-from sd_atoms.training.run_folder import ADAPTER
 
-CACHE = "cache"
 SEEDS = 2**40  # below those of class pictures and of training; no seed that people type is meant
 DRAWS = Draws()
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What a run drew: requests with their labels, None where the prompt names no class; how; by which weights."""
-
-    requests: Sequence[Request]
-    labels: Sequence[int] | None
-    sampling: Mapping[str, Any]
-    base_digests: Mapping[str, str]
-
-
-def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[ImageRecord], accelerator) -> Generated:
+def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[ImageRecord], accelerator) -> Pictures:
     """Draws what the run's folder lacks.
 
     Raises:
         UserError: images of these names were made otherwise, or the adapter does not fit.
     """
-    base = config.base.pretrained_model_name_or_path
-    pipe = open_base_of(config.base, accelerator.device)
-    digests = {part: weights_digest(getattr(pipe, part)).hex() for part in ("unet", "vae", "text_encoder")}
-    sampling = replace(config.images.sampling, resolution=training_resolution_px(pipe, config.data.resolution))
+    pipe, sampling, notes, digests = opened(plan, run, config, accelerator.device)
     requests, labels = set_requests(plan.task(run), plan.experiment, reference)
-    notes = making_notes("none", base)
-    if run.stage != PRETRAINED:
-        artefact = read_artefact(str(plan.run_folder(run) / ADAPTER))
-        load_adapter(pipe, artefact)
-        notes = making_notes(run.name, base) | {"adapter_digest": artefact.digest()}
     folder, together = plan.run_folder(run) / DRAWN, config.images.generation_batch_size
     generate_missing(pipe, accelerator, requests, sampling, folder, notes, batch_size=together)
-    return Generated(requests, labels, vars(sampling), digests)
+    return Pictures(requests, sampling, digests, labels=labels)
 
 
 def set_requests(
@@ -105,7 +80,7 @@ def reference_of(plan: SetPlan, run: Run) -> list[ImageRecord]:
 
 
 def score_set(
-    plan: SetPlan, run: Run, config: TrainConfig, generated: Generated, reference: Sequence[ImageRecord], accelerator
+    plan: SetPlan, run: Run, config: TrainConfig, generated: Pictures, reference: Sequence[ImageRecord], accelerator
 ) -> dict[str, Any]:
     """What scores.json holds: who made the images, by what they are scored, and the scores.
 
@@ -117,64 +92,17 @@ def score_set(
     (source,), _ = find_images(replace(config.data, cache_dir=str(cache)), config.all_concepts, accelerator)
     made, _ = usable([image_record(folder / f"{own.name}.png") for own in generated.requests], "error", accelerator)
     networks = [open_network(name, accelerator.device, RESIZE) for name in plan.networks]
-    groups = [name.strip() for name in plan.experiment.metrics.split(",")]
     found = {}
     for network in networks:
-        found[network.name] = _scores(network, made, generated.labels, real, source.images, task, groups, cache,
+        found[network.name] = _scores(network, made, generated.labels, real, source.images, task, plan.metrics, cache,
                                       accelerator)  # fmt: skip
-    return {
-        "name": run.name,
-        "stage": run.stage,
-        "concept": run.concept,
-        "method": run.method,
-        "seed": run.seed,
-        "learning_rate": None if run.stage == PRETRAINED else config.optimiser.learning_rate,
-        "labels": generated.labels,
-        "images": [request.name for request in generated.requests],
-        "scored_by": {
-            "base": public_name(config.base.pretrained_model_name_or_path),
-            "base_digests": generated.base_digests,
-            "task": task.name,
-            "reference": hashlib.sha256("".join(image.digest() for image in real).encode()).hexdigest(),
-            "reference_images": len(real),
-            "reference_asked": plan.experiment.reference_images,
-            "images": plan.experiment.images,
-            "per_class": plan.experiment.per_class,
-            "sampling": dict(generated.sampling),
-            "resize": RESIZE,
-            "metrics": groups,
-            "networks": {network.name: network.digest for network in networks},
-        },
-        "networks": found,
+    more = {
+        "reference": hashlib.sha256("".join(image.digest() for image in real).encode()).hexdigest(),
+        "reference_images": len(real),
     }
-
-
-def check_sets_scored_as_planned(plan: SetPlan) -> None:
-    """Refuses finished runs whose images or scores are other ones than the experiment now asks for.
-
-    Raises:
-        UserError: there are such.
-    """
-    experiment = plan.experiment
-    for run in plan.runs:
-        path = plan.run_folder(run) / SCORES
-        if not path.exists():
-            continue
-        by = read_scores(path)["scored_by"]
-        wanted = {
-            "images": experiment.images,
-            "per_class": experiment.per_class,
-            "task": plan.task(run).name,
-            "reference_asked": experiment.reference_images,
-            "metrics": [name.strip() for name in experiment.metrics.split(",")],
-        }
-        changed = [name for name, value in wanted.items() if by.get(name) != value]
-        changed += ["networks"] if list(by.get("networks", ())) != plan.networks else []
-        if changed:
-            raise UserError(
-                f"{plan.run_folder(run)}: was drawn or scored with other {', '.join(changed)}; remove its scores.json "
-                f"and {DRAWN}/ to do that anew, or name another output_dir"
-            )
+    names = [request.name for request in generated.requests]
+    said = said_of(plan, run, config, generated, networks, more)
+    return said | {"labels": generated.labels, "images": names, "networks": found}
 
 
 def _scores(

@@ -70,6 +70,16 @@ class SetPlan(Runs):
         """The task whose images and prompts a run learns from."""
         return self.sets[run.concept][0]
 
+    def drawn_by(self, run: Run) -> dict[str, Any]:
+        """What a run draws and what it is set against, as its scores say it."""
+        experiment = self.experiment
+        return {
+            "images": experiment.images,
+            "per_class": experiment.per_class,
+            "task": self.task(run).name,
+            "reference_asked": experiment.reference_images,
+        }
+
 
 def read_set_plan(path: str, flags: Mapping[str, Any]) -> SetPlan:
     """An experiment from its file, or without one ("") from flags alone; flags win over the file.

@@ -19,8 +19,8 @@ from tiny import write_photos, write_tiny_base
 from torch.nn import functional as F
 
 from sd_atoms.cli import main
-from sd_atoms.commands import compare
 from sd_atoms.commands.compare import comparison_of, do_run
+from sd_atoms.commands.experiment import check_runs
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
@@ -189,7 +189,7 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(compared, tmp_path
         experiment(plan.folder.parent, methods={"atoms": None, "lora": {"rank": 3, "learning_rate": 0.01}}), {}
     )
     with pytest.raises(UserError, match="holds a run of other settings .rank was 2, now 3"):
-        compare.check_folders(other)
+        check_runs(other)
     experiment(plan.folder.parent)
 
 
@@ -202,7 +202,7 @@ def test_what_was_drawn_for_other_prompts_is_not_taken_for_done(compared):
     ):
         other = read_plan(str(plan.folder.parent / "e.yaml"), flags)
         with pytest.raises(UserError, match=f"was drawn or scored with other {problem}; remove it"):
-            compare.check_folders(other)
+            check_runs(other)
 
 
 def test_a_rate_is_not_chosen_before_all_that_choose_it_have_ended(compared, tmp_path):

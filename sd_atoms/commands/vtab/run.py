@@ -24,7 +24,7 @@ from sd_atoms.jobs.plan import PRETRAINED, Run
 from sd_atoms.jobs.queue import HOW, Job, QueueSettings, status_text
 from sd_atoms.jobs.results import QUEUE
 from sd_atoms.jobs.set_cost import plan_text
-from sd_atoms.jobs.set_drawing import check_sets_scored_as_planned, draw_set, reference_of, score_set
+from sd_atoms.jobs.set_drawing import draw_set, reference_of, score_set
 from sd_atoms.jobs.set_report import set_comparison
 from sd_atoms.jobs.sets import SetExperiment, SetPlan, read_set_plan
 from sd_atoms.report.sets import write_set_report
@@ -150,11 +150,10 @@ def check_plan(plan: SetPlan) -> None:
     Raises:
         UserError: so it is.
     """
-    experiment.check_runs(plan)
     for run in plan.runs:
         if run.stage == PRETRAINED:  # one of each set
             reference_of(plan, run)
-    check_sets_scored_as_planned(plan)
+    experiment.check_runs(plan)
     for name in plan.networks:
         open_network(name)
 
