@@ -1,7 +1,5 @@
 """What trained classifiers show for themselves: the summary of a run, confusion, maps, methods side by side."""
 
-import csv
-import io
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 
 from sd_atoms.report.fonts import lettering
 from sd_atoms.report.markdown import escaped, table
+from sd_atoms.report.table import csv_text
 
 MOST_COUNTED = 20  # classes whose counts can be read in a matrix
 MOST_NAMED = 200  # classes whose names fit beside one
@@ -207,16 +206,14 @@ def failures_markdown(failed: Mapping[str, str]) -> list[str]:
 
 def rows_csv(rows: Sequence[ClassifierRow]) -> str:
     """The same for other programs."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    figures = ("test", "train", "gap")
-    writer.writerow(["method", "seeds", "parameters", "head", *(f"{name}{end}" for name in figures
-                     for end in ("", " low", " high")), "calibration", "seconds", "memory_gb"])  # fmt: skip
-    for row in rows:
-        own = [value for name in figures for value in getattr(row, name)]
-        writer.writerow([row.method, row.seeds, row.parameters, row.head, *own, row.calibration, row.seconds,
-                         row.memory_gb])  # fmt: skip
-    return out.getvalue()
+    names = [f"{name}{end}" for name in ("test", "train", "gap") for end in ("", " low", " high")]
+    header = ["method", "seeds", "parameters", "head", *names, "calibration", "seconds", "memory_gb"]
+    cells = [
+        [row.method, row.seeds, row.parameters, row.head, *row.test, *row.train, *row.gap, row.calibration,
+         row.seconds, row.memory_gb]
+        for row in rows
+    ]  # fmt: skip
+    return csv_text(header, cells)
 
 
 def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> tuple[Figure, list[str]]:

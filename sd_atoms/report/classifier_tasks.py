@@ -1,11 +1,10 @@
 """Methods on many tasks side by side: the accuracy on each, and the means of their groups (the paper's Table 6)."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 
 from sd_atoms.report.classifier import ClassifierRow, failures_markdown, share_text
 from sd_atoms.report.markdown import escaped, table
+from sd_atoms.report.table import csv_text
 
 MEAN = "mean"
 
@@ -95,17 +94,13 @@ def tasks_markdown(
 
 def tasks_csv(by_task: Mapping[str, Sequence[ClassifierRow]]) -> str:
     """The same for other programs, a line for each task and method."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["task", "method", "seeds", "parameters", "head", "test", "test low", "test high", "train", "seconds"]
-    )
-    for name, rows in by_task.items():
-        for row in rows:
-            writer.writerow(
-                [name, row.method, row.seeds, row.parameters, row.head, *row.test, row.train[0], row.seconds]
-            )
-    return out.getvalue()
+    header = ["task", "method", "seeds", "parameters", "head", "test", "test low", "test high", "train", "seconds"]
+    cells = [
+        [name, row.method, row.seeds, row.parameters, row.head, *row.test, row.train[0], row.seconds]
+        for name, rows in by_task.items()
+        for row in rows
+    ]
+    return csv_text(header, cells)
 
 
 def methods_of(by_task: Mapping[str, Sequence[ClassifierRow]]) -> list[str]:

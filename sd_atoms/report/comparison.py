@@ -1,7 +1,5 @@
 """The report of an experiment: its table, its numbers for other programs, its figures and its page."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from sd_atoms.report.comparison_figures import curves_figure, pareto_figure, pro
 from sd_atoms.report.markdown import escaped, table
 from sd_atoms.report.page import write_page
 from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, paired_columns, rows_of, tried_rates
+from sd_atoms.report.table import figures_csv
 
 
 def write_report(comparison: Comparison, folder: Path) -> dict[str, Any]:
@@ -111,15 +110,8 @@ def meanings(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
 
 def comparison_csv(rows: Sequence[Row]) -> str:
     """The same rows for other programs, all figures of all networks with their intervals."""
-    keys = list(dict.fromkeys(key for row in rows for key in row.figures))
     plain = ("concept", "method", "seeds", "parameters", "kilobytes", "rate", "score", "seconds", "memory_gb")
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*plain, *(f"{key}{end}" for key in keys for end in ("", " low", " high"))])
-    for row in rows:
-        figures = [value for key in keys for value in row.figures.get(key, (None, None, None))]
-        writer.writerow([getattr(row, name) for name in plain] + figures)
-    return out.getvalue()
+    return figures_csv(plain, [vars(row) for row in rows])
 
 
 def results_of(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:

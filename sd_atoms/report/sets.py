@@ -1,7 +1,5 @@
 """The report of an experiment on image sets: table, numbers for other programs, a figure for each set, one page."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +13,7 @@ from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.markdown import escaped, table
 from sd_atoms.report.rows import PRETRAINED, mean_of, mean_value
+from sd_atoms.report.table import figures_csv
 
 # heading -> figure, whether lower is better
 COLUMNS = {
@@ -181,14 +180,7 @@ def sets_markdown(comparison: SetComparison, rows: Sequence[Mapping[str, Any]]) 
 def sets_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same rows for other programs, all figures with their intervals."""
     plain = ("set", "network", "method", "seeds", "parameters", "seconds")
-    keys = list(dict.fromkeys(key for row in rows for key in row["figures"]))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*plain, *(f"{key}{end}" for key in keys for end in ("", " low", " high"))])
-    for row in rows:
-        figures = [value for key in keys for value in row["figures"].get(key, (None, None, None))]
-        writer.writerow([row[name] for name in plain] + figures)
-    return out.getvalue()
+    return figures_csv(plain, rows)
 
 
 def set_figure(comparison: SetComparison, own: ImageSet) -> Image.Image | None:

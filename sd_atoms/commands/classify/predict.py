@@ -1,8 +1,6 @@
 """Says what images show, by a trained classifier: its best classes with their probabilities, as CSV or JSON."""
 
 import argparse
-import csv
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from sd_atoms.data.records import image_record
 from sd_atoms.errors import UserError
 from sd_atoms.files import check_outputs, write_text
 from sd_atoms.machine import make_accelerator
+from sd_atoms.report.table import csv_text
 from sd_atoms.settings import add_flags, fields_of, resolve, setting
 
 WHAT, HOW = "what is told", "how"
@@ -75,13 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def as_csv(paths: list[Path], told: list[list[tuple[str, float]]]) -> str:
     """path, class, probability, and class_2, probability_2, … beyond the best."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     ends = ["", *(f"_{place}" for place in range(2, len(told[0]) + 1))]
-    writer.writerow(["path", *(f"{name}{end}" for end in ends for name in ("class", "probability"))])
-    for path, row in zip(paths, told, strict=True):
-        writer.writerow([path, *(value for name, chance in row for value in (name, f"{chance:.6f}"))])
-    return out.getvalue()
+    header = ["path", *(f"{name}{end}" for end in ends for name in ("class", "probability"))]
+    cells = [
+        [path, *(value for name, chance in row for value in (name, f"{chance:.6f}"))]
+        for path, row in zip(paths, told, strict=True)
+    ]
+    return csv_text(header, cells)
 
 
 def as_json(paths: list[Path], told: list[list[tuple[str, float]]]) -> str:
