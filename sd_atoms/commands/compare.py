@@ -227,26 +227,12 @@ def _picture_count(plan: Plan, run: Run) -> int:
 
 def experiment_yaml(plan: Plan) -> str:
     """The experiment with everything filled in, for the record."""
-    rates = vars(plan.rates) if plan.rates else None
     concepts = {
         name: {key: value for key, value in own.items() if key not in FORCED} for name, own in plan.concepts.items()
     }
-    parts = {
-        "concepts": concepts,
-        "methods": plan.methods,
-        "rates": rates and {k: _plain(v) for k, v in rates.items()},
-    }
-    return to_yaml(plan.experiment) + yaml.safe_dump(
-        {name: part for name, part in parts.items() if part is not None},
-        sort_keys=False,
-        allow_unicode=True,
-        width=119,
-    )
+    parts = {"concepts": concepts, "methods": plan.methods} | ({"rates": vars(plan.rates)} if plan.rates else {})
+    return to_yaml(plan.experiment) + yaml.safe_dump(parts, sort_keys=False, allow_unicode=True, width=119)
 
 
 def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -71,34 +71,24 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("; ".join(problems))
     words = [sys.executable, "-m", "sd_atoms", "classify", "compare", file]
     words += [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
+    compare(file, flags, working, words)
 
 
-def compare(
-    file: str,
-    flags: Mapping[str, Any],
-    queue: QueueSettings,
-    cluster: ClusterSettings,
-    words: Sequence[str],
-    dry_run: bool,
-    with_report: bool,
-) -> None:
+def compare(file: str, flags: Mapping[str, Any], working: Working, words: Sequence[str]) -> None:
     """`run`, and `sd-atoms vtab run --kind classify`.
 
     Args:
         file: of the comparison.
         flags: that win over it.
-        queue, cluster: how and where.
+        working: how and where; that of `vtab run` has the same fields and more.
         words: that start it again, for workers elsewhere.
-        dry_run: only list the runs, and check the images that are here.
-        with_report: write the report at the end.
 
     Raises:
         UserError, SystemExit, KeyboardInterrupt: as `run`.
     """
     plan = read_classifier_plan(file, flags)
     jobs = jobs_of(plan.folder, plan.runs)
-    if dry_run:
+    if working.dry_run:
         for own in plan.runs:
             loop = own.config.loop
             length = f"{loop.num_train_epochs} epochs" if loop.num_train_epochs else f"{loop.max_train_steps} steps"
@@ -109,14 +99,14 @@ def compare(
             print(f"not here: {problem}")
         refuse(wrong, UNUSABLE)
         return
-    if queue.status:
+    if working.queue.status:
         print(status_text(jobs, plan.folder / QUEUE, _seconds, lambda job: ""))
         return
     check_folder(plan.runs)
     wrong, absent = image_problems(plan)  # said once, before any run
     refuse([*wrong, *absent], UNUSABLE)
-    failed = do_jobs(jobs, plan.folder / QUEUE, queue.slots(), cluster, [*words, "--no-report"])
-    if with_report:
+    failed = do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, [*words, "--no-report"])
+    if working.report:
         # of all methods of the file, those that another call has done too
         report(read_classifier_plan(file, {**flags, "methods": None}), failed)
     if failed:

@@ -101,7 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
         jobs = jobs_of(plan, file, flags)
         print(status_text(jobs, plan.folder / QUEUE, experiment.seconds_of, lambda job: experiment.step_of(plan, job)))
     else:
-        failed = work_through(plan, jobs_of(plan, file, flags), working, command(file, flags))
+        check_plan(plan)
+        write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
+        jobs, words = jobs_of(plan, file, flags), (*command(file, flags), "--no-report")
+        failed = do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, words)
         if working.report:
             report(plan, failed)
         if failed:
@@ -121,26 +124,7 @@ def classify(file: str, flags: Mapping[str, Any], working: Working) -> None:
         raise UserError(f"{', '.join(foreign)}: of kind=generate alone")
     if not file:
         raise UserError("config is required with kind=classify, such as configs/vtab/classify_demo.yaml")
-    words = (*command(file, flags), "--kind=classify")
-    compare.compare(file, flags, working.queue, working.cluster, words, working.dry_run, working.report)
-
-
-def work_through(plan: SetPlan, jobs: list[Job], working: Working, words: tuple[str, ...]) -> dict[str, str]:
-    """Does all runs that are not done; name -> why it failed, of those that did.
-
-    Args:
-        plan: the experiment.
-        jobs: its runs.
-        working: where and how.
-        words: that start the experiment again.
-
-    Raises:
-        UserError, KeyboardInterrupt: as `run`.
-    """
-    check_plan(plan)
-    write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
-    words = (*words, "--no-report")
-    return do_jobs(jobs, plan.folder / QUEUE, working.queue.slots(), working.cluster, words)
+    compare.compare(file, flags, working, (*command(file, flags), "--kind=classify"))
 
 
 def check_plan(plan: SetPlan) -> None:
