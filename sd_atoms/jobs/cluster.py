@@ -5,7 +5,6 @@ to lie on a disk that all machines see, whose locks hold between them.
 """
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,11 +24,12 @@ from sd_atoms.jobs.queue import (
     failure_of,
     forget_failure,
     interruptible,
-    last_error,
     log_of,
     note_failure,
     run_jobs,
+    start_logged,
     state_of,
+    why_ended,
 )
 from sd_atoms.machine import GIVEN_CORES
 from sd_atoms.progress import progress_bar
@@ -113,7 +113,7 @@ class Worker:
         # Slurm sends the signal that announces the end to all processes of the step
         self.process = subprocess.Popen(
             words,
-            env=_with_cores(int(os.environ.get("SLURM_CPUS_PER_TASK", 1))),
+            env={**os.environ, GIVEN_CORES: os.environ.get("SLURM_CPUS_PER_TASK", "1")},
             preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
         )
         return self.process.wait()
@@ -250,35 +250,19 @@ def run_on_ray(
 
 def _run_job(command: list[str], done: str, log: str, folder: str, cpus: int) -> str:
     """Runs on a node of Ray: why a job failed, or "". What a lost node left running is waited for, not repeated."""
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
     while not Path(done).exists():
-        with open(log, "ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
-            file.flush()
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=_with_cores(cpus),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait()
-            except BaseException:  # called off
-                process.terminate()
-                process.wait(STOP_SECONDS)
-                raise
+        process = start_logged(command, Path(log), {GIVEN_CORES: str(cpus)}, folder)
+        try:
+            code = process.wait()
+        except BaseException:  # called off
+            process.terminate()
+            process.wait(STOP_SECONDS)
+            raise
         if code == TAKEN:
             time.sleep(TAKEN_SECONDS)
         elif not Path(done).exists():
-            return last_error(Path(log)) or f"it ended with code {code}, see {log}"
+            return why_ended(Path(log), code)
     return ""
-
-
-def _with_cores(count: int) -> dict[str, str]:
-    return {**os.environ, GIVEN_CORES: str(count)}
 
 
 def _options(text: str | None) -> dict[str, str]:

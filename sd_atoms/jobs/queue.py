@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,23 @@ class QueueSettings:
     status: bool = setting(False, HOW, "only say how far it has come")
 
     def slots(self) -> list["Slot"]:
-        """The places of its jobs; raises UserError as `make_slots`."""
-        return make_slots(self.jobs, self.devices or "", self.threads)
+        """Places for its jobs, over the devices in turn, each with cores of its own as far as there are any.
+
+        Raises:
+            UserError: a device is none, or threads are wanted where no process can be bound to cores.
+        """
+        names = [name.strip() for name in (self.devices or "").split(",") if name.strip()] or [""]
+        wrong = [name for name in names if name and not re.fullmatch(r"cpu|cuda:\d+", name)]
+        if wrong:
+            raise UserError(f"devices: {', '.join(wrong)}: cpu and cuda:NUMBER are allowed, with commas between")
+        own: list[tuple[int, ...]] = [()] * self.jobs
+        if hasattr(os, "sched_getaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            share = min(self.threads or max(1, len(cores) // self.jobs), len(cores))
+            own = [tuple(cores[(n * share + core) % len(cores)] for core in range(share)) for n in range(self.jobs)]
+        elif self.threads is not None:
+            raise UserError("threads: this system binds no process to cores; leave it out")
+        return [Slot(names[place % len(names)], bound) for place, bound in enumerate(own)]
 
 
 @dataclass(frozen=True)
@@ -78,31 +93,6 @@ class Slot:
         number = int(self.device.removeprefix("cuda:"))
         ours = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         return {"CUDA_VISIBLE_DEVICES": ours[number] if number < len(ours) else str(number)}
-
-
-def make_slots(jobs: int, devices: str, threads: int | None) -> list[Slot]:
-    """Places for so many jobs at once, over the devices in turn, each with cores of its own as far as there are any.
-
-    Args:
-        jobs: 1 or more.
-        devices: comma-separated, such as "cuda:0,cuda:1" or "cpu"; "" leaves it to the job.
-        threads: cores of each; None divides all.
-
-    Raises:
-        UserError: a device is none, or threads are wanted where no process can be bound to cores.
-    """
-    names = [name.strip() for name in devices.split(",") if name.strip()] or [""]
-    wrong = [name for name in names if name and not re.fullmatch(r"cpu|cuda:\d+", name)]
-    if wrong:
-        raise UserError(f"devices: {', '.join(wrong)}: cpu and cuda:NUMBER are allowed, with commas between")
-    if not hasattr(os, "sched_getaffinity"):
-        if threads is not None:
-            raise UserError("threads: this system binds no process to cores; leave it out")
-        return [Slot(names[place % len(names)]) for place in range(jobs)]
-    cores = sorted(os.sched_getaffinity(0))
-    share = min(threads or max(1, len(cores) // jobs), len(cores))
-    own = [tuple(cores[(place * share + core) % len(cores)] for core in range(share)) for place in range(jobs)]
-    return [Slot(names[place % len(names)], own[place]) for place in range(jobs)]
 
 
 class Taken(Exception):
@@ -131,7 +121,7 @@ def held(folder: Path, name: str) -> Iterator[None]:
 
 def lock_of(folder: Path, name: str) -> Path:
     """The lock of a job."""
-    return _beside(folder, name, ".lock")
+    return folder / f"{name}.lock"
 
 
 def state_of(job: Job, folder: Path) -> str:
@@ -150,23 +140,23 @@ def state_of(job: Job, folder: Path) -> str:
 
 def failure_of(folder: Path, name: str) -> str:
     """Why a job failed the last time; empty where it did not, or was begun again since."""
-    path = _beside(folder, name, ".failed")
+    path = folder / f"{name}.failed"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def note_failure(folder: Path, name: str, why: str) -> None:
     """Leaves word of a failure for `failure_of`."""
-    write_text(_beside(folder, name, ".failed"), why)
+    write_text(folder / f"{name}.failed", why)
 
 
 def forget_failure(folder: Path, name: str) -> None:
     """A job is to be begun again."""
-    _beside(folder, name, ".failed").unlink(missing_ok=True)
+    (folder / f"{name}.failed").unlink(missing_ok=True)
 
 
 def log_of(job: Job, folder: Path) -> Path:
     """What a job prints goes there."""
-    return _beside(folder, job.name, ".log")
+    return folder / f"{job.name}.log"
 
 
 def run_jobs(
@@ -265,43 +255,50 @@ def _collect(running: dict, folder: Path, failed: dict[str, str], told: Callable
         if job.done.exists():
             told(f"{job.name}: done in {_duration(time.monotonic() - started)}")
         elif code != TAKEN:
-            failed[job.name] = (
-                last_error(log_of(job, folder)) or f"it ended with code {code}, see {log_of(job, folder)}"
-            )
+            failed[job.name] = why_ended(log_of(job, folder), code)
             note_failure(folder, job.name, failed[job.name])
             told(f"{job.name}: failed: {failed[job.name]}")
 
 
 def _start(job: Job, folder: Path, slot: Slot) -> subprocess.Popen:
-    path = log_of(job, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     forget_failure(folder, job.name)
-    with open(path, "ab") as log:
-        log.write(f"$ {shlex.join(job.command)}\n".encode())
-        log.flush()
-        # a session of its own: Ctrl-C reaches the queue alone, which hands it on once
-        process = subprocess.Popen(
-            job.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **slot.environment()},
-            start_new_session=True,
-        )
+    process = start_logged(job.command, log_of(job, folder), slot.environment())
     if slot.cores:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.sched_setaffinity(process.pid, slot.cores)
     return process
 
 
-def last_error(path: Path) -> str:
-    """What a log says of a failure since its job was begun: the line of an error, or the last one of a traceback."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+def start_logged(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], folder: str | None = None
+) -> subprocess.Popen:
+    """A process whose command and output go to the end of a log; `environment` is added to this one's."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        # a session of its own: Ctrl-C reaches the queue alone, which hands it on once
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def why_ended(log: Path, code: int) -> str:
+    """What a log says of a failure since its job was begun: the line of an error, or the last one of a traceback; else
+    the exit code."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST_BYTES))
         text = file.read().decode("utf-8", "replace").rpartition("\n$ ")[2]
     lines = [line for line in text.split("\n") if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return told[-1] if told else lines[-1] if lines and re.match(r"[\w.]*Error\b", lines[-1]) else ""
+    told += lines[-1:] if not told and lines and re.match(r"[\w.]*Error\b", lines[-1]) else []
+    return told[-1] if told else f"it ended with code {code}, see {log}"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
@@ -338,7 +335,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _beside(folder: Path, name: str, suffix: str) -> Path:
-    return folder / f"{name}{suffix}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sd_atoms.errors import UserError
-from sd_atoms.jobs.queue import TAKEN, Job, Slot, Taken, held, make_slots, run_jobs, state_of, status_text
+from sd_atoms.jobs.queue import TAKEN, Job, QueueSettings, Slot, Taken, held, run_jobs, state_of, status_text
 
 # what a job does: takes its lock, says that it began, works, says that it ended
 WORK = f"""
@@ -49,9 +49,9 @@ def quiet(text):
 def test_a_job_comes_after_those_it_needs_and_never_twice(tmp_path):
     jobs = [job(tmp_path, "last", ("a", "b")), job(tmp_path, "b", ("a",)), job(tmp_path, "a"), job(tmp_path, "old")]
     jobs[-1].done.write_text("")
-    assert run_jobs(jobs, tmp_path / "queue", make_slots(2, "", None), quiet) == {}
+    assert run_jobs(jobs, tmp_path / "queue", QueueSettings(2).slots(), quiet) == {}
     assert begun(tmp_path) == ["a", "b", "last"]
-    assert run_jobs(jobs, tmp_path / "queue", make_slots(2, "", None), quiet) == {}
+    assert run_jobs(jobs, tmp_path / "queue", QueueSettings(2).slots(), quiet) == {}
     assert begun(tmp_path) == ["a", "b", "last"]
 
 
@@ -81,7 +81,7 @@ def test_what_comes_after_another_does_not_need_its_success(tmp_path):
         wrong,
         job(tmp_path, "late", seconds=0.5),
     ]
-    assert run_jobs(jobs, tmp_path / "queue", make_slots(3, "", None), quiet).keys() == {"wrong"}
+    assert run_jobs(jobs, tmp_path / "queue", QueueSettings(3).slots(), quiet).keys() == {"wrong"}
     assert begun(tmp_path)[-1] == "after"
 
 
@@ -93,7 +93,7 @@ def test_what_failed_here_and_was_done_elsewhere_is_done(tmp_path):
             wrong.done.write_text("")  # by another queue
 
     jobs = [wrong, job(tmp_path, "needs", ("wrong",)), slow]
-    assert run_jobs(jobs, tmp_path / "queue", make_slots(2, "", None), told) == {}
+    assert run_jobs(jobs, tmp_path / "queue", QueueSettings(2).slots(), told) == {}
     assert slow.done.exists()
 
 
@@ -156,22 +156,24 @@ run_jobs([job(folder, "long", seconds=60)], folder / "queue", [Slot()])
 
 
 def test_a_slot_says_where_its_job_runs(tmp_path):
-    slots = make_slots(3, "cuda:0, cuda:1", None)
+    slots = QueueSettings(3, "cuda:0, cuda:1").slots()
     assert [slot.environment() for slot in slots] == [{"CUDA_VISIBLE_DEVICES": number} for number in "010"]
-    assert make_slots(1, "", None)[0].environment() == {}
-    assert make_slots(1, "cpu", None)[0].environment()["ACCELERATE_USE_CPU"] == "true"
+    assert QueueSettings(1).slots()[0].environment() == {}
+    assert QueueSettings(1, "cpu").slots()[0].environment()["ACCELERATE_USE_CPU"] == "true"
     with pytest.raises(UserError, match="devices: gpu0: cpu and cuda:NUMBER are allowed"):
-        make_slots(1, "gpu0", None)
+        QueueSettings(1, "gpu0").slots()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to cores")
 def test_jobs_side_by_side_have_cores_of_their_own(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
-    (alone,) = make_slots(1, "", None)
+    (alone,) = QueueSettings(1).slots()
     assert alone.cores == tuple(cores)
-    assert [len(slot.cores) for slot in make_slots(len(cores), "", None)] == [1] * len(cores)
-    assert sorted(core for slot in make_slots(len(cores), "", None) for core in slot.cores) == cores
+    assert [len(slot.cores) for slot in QueueSettings(len(cores)).slots()] == [1] * len(cores)
+    assert sorted(core for slot in QueueSettings(len(cores)).slots() for core in slot.cores) == cores
     done = tmp_path / "cores"
     code = f"import os, time; time.sleep(0.3); open({str(done)!r}, 'w').write(str(os.sched_getaffinity(0)))"
-    run_jobs([Job("one", done, (sys.executable, "-c", code))], tmp_path / "queue", make_slots(9, "", 1), quiet)
+    run_jobs(
+        [Job("one", done, (sys.executable, "-c", code))], tmp_path / "queue", QueueSettings(9, None, 1).slots(), quiet
+    )
     assert done.read_text() == str({cores[0]})
