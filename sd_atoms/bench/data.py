@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sd_atoms.bench.measuring import describe, machine_info, process_environment
+from sd_atoms.bench.measuring import describe, machine_info, process_environment, timed
 from sd_atoms.data.checked import usable
 from sd_atoms.data.config import DataSettings
 from sd_atoms.data.images import read_image, to_tensor
@@ -125,9 +125,9 @@ def _check(folder: Path, size: int, scratch: Path) -> dict:
     """What needs no network: reading, checking, checking again from the cache, the set as objects, draws."""
     cache = scratch / "checked"
     pictures, _ = folder_images(folder, captions=False)
-    decode = _seconds(lambda: sum(1 for _ in read_ahead(read_image, [record.name for record in pictures])))
-    check = _seconds(lambda: usable(pictures, "error", cache=cache))
-    again = _seconds(lambda: usable(folder_images(folder, captions=False)[0], "error", cache=cache))
+    decode = timed(lambda: sum(1 for _ in read_ahead(read_image, [record.name for record in pictures])))
+    check = timed(lambda: usable(pictures, "error", cache=cache))
+    again = timed(lambda: usable(folder_images(folder, captions=False)[0], "error", cache=cache))
     tracemalloc.start()
     kept = usable(folder_images(folder, captions=False)[0], "error", cache=cache)
     held, _ = tracemalloc.get_traced_memory()
@@ -141,7 +141,7 @@ def _check(folder: Path, size: int, scratch: Path) -> dict:
         "check_seconds": check,
         "check_again_seconds": again,
         "object_bytes": held,
-        "seconds_per_draw": _seconds(lambda: [image_number(0, n, size) for n in range(DRAWS)]) / DRAWS,
+        "seconds_per_draw": timed(lambda: [image_number(0, n, size) for n in range(DRAWS)]) / DRAWS,
     }
 
 
@@ -151,8 +151,8 @@ def _encode_and_train(folder: Path, checked: dict, scratch: Path, few: tuple[flo
     how = Cropping(DataSettings(cache_dir=str(scratch / "own")), 128, 8, 0)
     images = [to_tensor([crop(record, how)]) for record in pictures[:ALONE]]
     with torch.no_grad():
-        vae = _seconds(lambda: [pipe.vae.encode(image) for image in images]) / len(images)
-    encode = _seconds(lambda: encode_images(pipe.vae, pictures, how))
+        vae = timed(lambda: [pipe.vae.encode(image) for image in images]) / len(images)
+    encode = timed(lambda: encode_images(pipe.vae, pictures, how))
     shutil.rmtree(scratch / "own")
     data = checked["check_seconds"] + encode
     first, memory = _train(folder, scratch)
@@ -193,9 +193,3 @@ def _train(folder: Path, scratch: Path, keep_cache: bool = True) -> tuple[float,
     if not keep_cache:
         shutil.rmtree(cache, ignore_errors=True)
     return first, memory
-
-
-def _seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

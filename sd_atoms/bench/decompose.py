@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.atoms import filter_rows, relative_error, svd_atoms, taps
-from sd_atoms.bench.measuring import describe, machine_info
+from sd_atoms.bench.measuring import describe, machine_info, spread
 from sd_atoms.pipeline.architectures import build_unet, unet_config
 
 MOST_ATOMS = 9
@@ -43,9 +43,7 @@ def bench_decompose(arch: str, rounds: int, threads: int) -> dict:
         "machine": machine_info("cpu", threads),
         "layers": len(weights),
         "layers_by_kernel": {kernel: kernels.count(kernel) for kernel in sorted(set(kernels))},
-        "seconds_median": statistics.median(totals),
-        "seconds_min": min(totals),
-        "seconds_max": max(totals),
+        **spread(totals),
         "slowest": {"layer": slowest, "shape": list(weights[slowest].shape), "seconds_median": medians[slowest]},
         "largest_relative_error": {"layer": worst, "error": errors[worst]},
     }

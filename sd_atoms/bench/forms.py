@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from sd_atoms.atoms import FORMS, Term, atoms_layer, pick_form
 from sd_atoms.bench.architectures import ConvCall, conv3x3_calls
-from sd_atoms.bench.measuring import check_device, describe, machine_info, now_seconds
-from sd_atoms.bench.table import ratio_text
+from sd_atoms.bench.measuring import check_device, describe, machine_info, now_seconds, ratio_text
 from sd_atoms.pipeline.architectures import unet_config
 from sd_atoms.pipeline.base import DTYPES
 from sd_atoms.report.table import text_table

@@ -3,7 +3,10 @@
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -49,6 +52,23 @@ def now_seconds(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def timed(job: Callable[[], Any], device: str = "cpu") -> float:
+    """The seconds that a job takes."""
+    start = now_seconds(device)
+    job()
+    return now_seconds(device) - start
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """The median and the extremes."""
+    return {"seconds_median": median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds)}
+
+
+def ratio_text(ratio: float | None) -> str:
+    """1.25 as "1.25×"; a dash where there is nothing to compare with."""
+    return "–" if ratio is None else f"{ratio:.2f}×"
 
 
 def _cpu_name() -> str:

@@ -11,9 +11,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sd_atoms.bench.architectures import LATENT_PX, step_inputs
-from sd_atoms.bench.measuring import check_device, describe, machine_info, now_seconds
+from sd_atoms.bench.measuring import check_device, describe, machine_info, ratio_text, spread, timed
 from sd_atoms.bench.methods import attach
-from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline import DTYPES, load_atoms, save_atoms
 from sd_atoms.pipeline.architectures import build_unet, unet_config
 from sd_atoms.report.table import text_table
@@ -63,16 +62,16 @@ def bench_serve(
             way()
         for _ in range(rounds):
             for name, way in ways.items():
-                seconds[name].append(_timed(way, device) / steps)
+                seconds[name].append(timed(way, device) / steps)
             for layer in _atoms_layers(atoms):
                 layer.merge()
             ways["atoms unmerged"]()  # not counted: memory is slower the first times after the system hands it out
-            seconds["atoms merged"].append(_timed(ways["atoms unmerged"], device) / steps)
+            seconds["atoms merged"].append(timed(ways["atoms unmerged"], device) / steps)
             for layer in _atoms_layers(atoms):
                 layer.unmerge()
             for swap in range(SWAPS_PER_ROUND):
                 pipe, file = SimpleNamespace(unet=atoms), files[swap % 2]
-                swaps.append(_timed(lambda pipe=pipe, file=file: load_atoms(pipe, file, hotswap=True), device))
+                swaps.append(timed(lambda pipe=pipe, file=file: load_atoms(pipe, file, hotswap=True), device))
             progress.update()
     floor = statistics.median(seconds["base"])
     return {
@@ -81,10 +80,10 @@ def bench_serve(
         "settings": {"arch": arch, "resolution_px": resolution_px, "rounds": rounds, "steps": steps, "dtype": dtype},
         "machine": machine_info(device, threads),
         "ways": [
-            {"way": name, **_spread(values), "to_base": statistics.median(values) / floor}
+            {"way": name, **spread(values), "to_base": statistics.median(values) / floor}
             for name, values in seconds.items()
         ],
-        "hotswap": _spread(swaps),
+        "hotswap": spread(swaps),
     }
 
 
@@ -140,17 +139,3 @@ def _atoms_layers(unet: nn.Module) -> list[nn.Module]:
 def _draw(unet: nn.Module, inputs: tuple, steps: int) -> None:
     for _ in range(steps):
         unet(*inputs)
-
-
-def _timed(job: Callable, device: str) -> float:
-    start = now_seconds(device)
-    job()
-    return now_seconds(device) - start
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {
-        "seconds_median": statistics.median(seconds),
-        "seconds_min": min(seconds),
-        "seconds_max": max(seconds),
-    }

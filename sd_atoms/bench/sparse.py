@@ -1,7 +1,6 @@
 """`bench sparse`: the sparse solver against dictionary learning by coordinate descent, on one convolution."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sd_atoms.atoms.sparse import sparse_atoms, sparse_coefficients, sparse_objective
-from sd_atoms.bench.measuring import describe, machine_info
+from sd_atoms.bench.measuring import describe, machine_info, spread
 
 KERNEL = 3
 # What arXiv 2403.00269's public code asks of its solver: rounds of codes and atoms, and FISTA steps of the encoding
@@ -47,11 +46,7 @@ def bench_sparse(channels: int, m: int, l1: float, rounds: int, threads: int) ->
                     }
                 progress.update()
     for name, values in seconds.items():
-        results[name] |= {
-            "seconds_median": statistics.median(values),
-            "seconds_min": min(values),
-            "seconds_max": max(values),
-        }
+        results[name] |= spread(values)
     ours, theirs = results["ours"], results["coordinate descent"]
     return {
         "benchmark": "sparse",

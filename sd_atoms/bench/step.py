@@ -2,7 +2,6 @@
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,9 +11,8 @@ from tqdm import tqdm
 
 from sd_atoms.bench.architectures import latent_size
 from sd_atoms.bench.classifiers import CLASSIFIERS
-from sd_atoms.bench.measuring import check_device, describe, machine_info, process_environment
+from sd_atoms.bench.measuring import check_device, describe, machine_info, process_environment, ratio_text, spread
 from sd_atoms.bench.methods import description
-from sd_atoms.bench.table import ratio_text
 from sd_atoms.pipeline.architectures import unet_config
 from sd_atoms.report.table import text_table
 
@@ -120,9 +118,7 @@ def summarise(runs: dict[str, list[dict]], failures: dict[str, str]) -> list[dic
         if method not in failures:
             seconds = [value for result in results for value in result["seconds"]]
             entry |= {
-                "seconds_median": statistics.median(seconds),
-                "seconds_min": min(seconds),
-                "seconds_max": max(seconds),
+                **spread(seconds),
                 "peak_bytes": max(result["peak_bytes"] for result in results),
                 "trainable_numbers": results[0]["trainable_numbers"],
                 "seconds_by_round": [result["seconds"] for result in results],
