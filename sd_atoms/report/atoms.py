@@ -8,7 +8,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -57,7 +56,6 @@ def atoms_figure(changes: Sequence[Change], title: str) -> Figure:
     bars_height = max(4.0, 1.2 + 0.165 * min(len(changes), MOST_NAMES))
     height = max(bars_height, 0.8 + 2.15 * len(pictured))
     figure = Figure(figsize=(13.5 if pictured else 8.0, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     with matplotlib.rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
         figure.suptitle(textwrap.fill(title, 110 if pictured else 64), fontsize=12, weight="bold")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -42,7 +41,6 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     with rc_context({"font.family": letters.families}):
         size = (side if few else side + LIST_INCHES, side)
         figure = Figure(figsize=size, dpi=130, layout="compressed", facecolor="white")
-        FigureCanvasAgg(figure)
         if few:
             axes = figure.subplots()
         else:
@@ -101,7 +99,6 @@ def cam_sheet(
     height = 1.85 * len(names) + 0.2 + 0.1 * most_lines
     with rc_context({"font.family": letters.families}):
         figure = Figure(figsize=(1.7 * (len(columns) + 1), height), dpi=130, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(len(names), len(columns) + 1, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -223,7 +220,6 @@ def accuracy_figure(title: str, rows: Sequence[ClassifierRow]) -> tuple[Figure, 
     letters = lettering([*(row.method for row in rows), title])
     with rc_context({"font.family": letters.families}):
         figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
         figure.suptitle(letters.drawn[-1], fontsize=10)
         for axes, name, label in zip(
             figure.subplots(1, 2), ("test", "gap"), ("test accuracy", "train − test accuracy"), strict=True

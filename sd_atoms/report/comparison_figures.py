@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -26,7 +25,6 @@ def pareto_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure | None:
     if not panels:
         return None
     figure = Figure(figsize=(4.3 * len(panels), 4.6), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     colours = _colours(comparison)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, key, log) in zip(all_axes, panels, strict=True):
@@ -71,7 +69,6 @@ def curves_figure(comparison: Comparison) -> Figure | None:
     if not concepts:
         return None
     figure = Figure(figsize=(6.0 * len(concepts), 4.4), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     for axes, concept in zip(figure.subplots(1, len(concepts), squeeze=False)[0], concepts, strict=True):
         for method, colour in _colours(comparison).items():
             curves = [run["losses"] for run in comparison.of(concept, method) if run.get("losses")]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -138,7 +137,6 @@ def sweep_figure(entries: Sequence[Entry], grid: Mapping[str, Sequence[Any]]) ->
     legend_rows = math.ceil(len(lines) / columns) if any(lines) else 0
     size = (max(6.5, 4.4 * len(curves)), 3.6 + 0.22 * legend_rows)
     figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves), sharex=True, squeeze=False)[0]
     for axes, key in zip(panels, curves, strict=True):
         for number, (label, members) in enumerate(lines.items()):

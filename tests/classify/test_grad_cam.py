@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small import coloured, write_classes, write_model
 from torch import nn
 
@@ -174,7 +175,7 @@ def test_each_column_of_a_sheet_has_its_own_images_and_a_title_that_fits():
     figure, _ = cam_sheet(["a", "a"], columns)
     shapes = [[image.get_array().shape[:2] for image in axes.get_images()] for axes in figure.axes]
     assert shapes == [[(8, 8)], [(8, 8)] * 2, [(12, 12)] * 2] * 2
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     first, second = (figure.axes[column].title.get_window_extent() for column in (1, 2))
     assert first.x1 < second.x0
     assert second.x1 <= figure.bbox.x1

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import fontManager
 
 from sd_atoms.report import fonts
@@ -45,7 +46,7 @@ def drawn(figure):
     """Draws it, and raises for letters without a font."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
 
 
 def test_a_name_is_drawn_by_a_font_that_has_it_or_by_its_number_and_never_as_boxes(font):
