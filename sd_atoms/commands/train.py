@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.evaluation.concept import mean_scores, score_concept
 from sd_atoms.files import replacing, write_json
 from sd_atoms.generation import Request, generate, generate_missing, making_notes, read_images, save_image
-from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
+from sd_atoms.machine import on_main, peak_bytes
 from sd_atoms.methods.adapters import adapters_off
 from sd_atoms.pipeline import save_adapter
 from sd_atoms.pipeline.hub import check_repo_id, own_repo_id, push, who_may_push
@@ -33,7 +34,7 @@ from sd_atoms.pipeline.sizes import training_resolution_px, training_unit_px
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.run import concept_grid, learning_curve, summary_text
-from sd_atoms.settings import launcher_notes, replaced
+from sd_atoms.settings import replaced
 from sd_atoms.training.adapter import header
 from sd_atoms.training.base import open_base_of
 from sd_atoms.training.class_images import class_image_paths
@@ -51,17 +52,17 @@ from sd_atoms.training.run_folder import (
     LATENTS,
     LOG,
     METRICS,
+    begin,
     check_data,
     check_names,
     check_output,
     concept_name,
-    is_first_start,
-    open_run,
+    prepare,
     read_log,
     run_name,
 )
 from sd_atoms.training.sections import HubSettings, ImageSettings, OutputSettings
-from sd_atoms.training.tracking import start_trackers, track_images, trackers_of
+from sd_atoms.training.tracking import track_images, trackers_of
 
 Settings = TrainConfig
 MOST_SCORED = 100  # training images that scores and the grid compare with
@@ -75,21 +76,11 @@ def run(config: TrainConfig) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
     """
     # Everything that can be wrong, before anything is written
-    config = with_defaults(replaced(config, mixed_precision=precision_here(config.precision.mixed_precision)))
+    config = with_defaults(config)
     folder, name = Path(config.output.output_dir), run_name(config)
     base, concepts, seed = config.base.pretrained_model_name_or_path, config.all_concepts, config.loop.seed
     check_names([concept_name(concept, folder) for concept in concepts])
-    trackers = trackers_of(config.output.report_to)
-    accelerator = make_accelerator(
-        mixed_precision=config.precision.mixed_precision,
-        gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
-        logging_dir=folder / CURVES,
-        log_with=trackers or None,
-    )
-    notes = []
-    if on_main(accelerator, lambda: is_first_start(config.output)):
-        config = replaced(config, resume_from_checkpoint=None, overwrite=True)
-        notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
+    config, accelerator, notes = prepare(config)
     on_main(accelerator, lambda: check_output(config))
     if config.hub.push_to_hub:
         on_main(accelerator, lambda: check_hub(config.hub, folder))
@@ -125,20 +116,12 @@ def run(config: TrainConfig) -> Path:
     )
 
     # Train
-    def curves(place: Path):
-        if trackers:
-            start_trackers(accelerator, place, folder.resolve().name)
-
-    def begin():
-        on_main(accelerator, lambda: open_run(config, accelerator.num_processes, curves))
-        for note in [*launcher_notes(config), *notes]:
-            accelerator.print(note)
-
     def show(step: int):
         show_validation(config.validation.validation_prompt, config.validation.num_validation_images, pipe,
                         accelerator, sampling, folder / IMAGES, step)  # fmt: skip
 
-    outcome = train_diffusion(config, pipe, accelerator, dataset, folder, begin, show)
+    ready = partial(begin, config, accelerator, notes)
+    outcome = train_diffusion(config, pipe, accelerator, dataset, folder, ready, show)
     memory = peak_bytes(accelerator.device.type)
     if accelerator.is_main_process:
         remove_scratch(scratch)

@@ -13,14 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from sd_atoms.data.config import Concept
 from sd_atoms.errors import UserError
 from sd_atoms.files import leftovers, write_json, write_text
-from sd_atoms.settings import fields_of, plain_values, read_settings, replaced, to_yaml
+from sd_atoms.machine import make_accelerator, on_main, precision_here
+from sd_atoms.settings import fields_of, launcher_notes, plain_values, read_settings, replaced, to_yaml
 from sd_atoms.training.checkpoint import checkpoints, find_checkpoint, read_header
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.sections import OutputSettings
+from sd_atoms.training.tracking import start_trackers, trackers_of
 from sd_atoms.values import shown
 
 CONFIG, ENVIRONMENT, LOG, METRICS = "config.yaml", "env.json", "log.jsonl", "metrics.json"
@@ -132,6 +135,37 @@ def is_first_start(output: OutputSettings) -> bool:
     if (folder / ADAPTER).exists() or (folder / METRICS).exists() or any(folder.glob("*.safetensors")):
         return False
     return (folder / CONFIG).exists() or not _in_use(folder)
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[str]]:
+    """The settings as they hold here, the processes that train, and lines on what was changed.
+
+    Raises:
+        UserError: a tracker is not there, or the device cannot work in the precision asked for.
+    """
+    config = replaced(config, mixed_precision=precision_here(config.precision.mixed_precision))
+    accelerator = make_accelerator(
+        mixed_precision=config.precision.mixed_precision,
+        gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
+        logging_dir=Path(config.output.output_dir) / CURVES,
+        log_with=trackers_of(config.output.report_to) or None,
+    )
+    if not on_main(accelerator, lambda: is_first_start(config.output)):
+        return config, accelerator, []
+    note = "resume_from_checkpoint: there is no checkpoint yet; the run begins at its start"
+    return replaced(config, resume_from_checkpoint=None, overwrite=True), accelerator, [note]
+
+
+def begin(config: TrainConfig, accelerator: Accelerator, notes: Sequence[str]) -> None:
+    """Opens the folder and the curves in it, and says what there is to say before step 1; all processes call it."""
+
+    def curves(place: Path) -> None:
+        if trackers_of(config.output.report_to):
+            start_trackers(accelerator, place, Path(config.output.output_dir).resolve().name)
+
+    on_main(accelerator, lambda: open_run(config, accelerator.num_processes, curves))
+    for note in [*launcher_notes(config), *notes]:
+        accelerator.print(note)
 
 
 def _in_use(folder: Path) -> bool:

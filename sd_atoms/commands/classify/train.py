@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +17,11 @@ from sd_atoms.data.checked import usable
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError, first_lines
 from sd_atoms.files import replacing, write_json
-from sd_atoms.machine import make_accelerator, on_main, peak_bytes, precision_here
+from sd_atoms.machine import on_main, peak_bytes
 from sd_atoms.report.classifier import confusion_figure, summary_text
 from sd_atoms.report.run import learning_curve
-from sd_atoms.settings import launcher_notes, replaced
 from sd_atoms.sources import public_name
-from sd_atoms.training.run_folder import (
-    CURVES,
-    IMAGES,
-    LOG,
-    METRICS,
-    check_data,
-    check_output,
-    is_first_start,
-    open_run,
-    read_log,
-)
-from sd_atoms.training.tracking import start_trackers, trackers_of
+from sd_atoms.training.run_folder import IMAGES, LOG, METRICS, begin, check_data, check_output, prepare, read_log
 
 Settings = ClassifyConfig
 MOST_TRAIN_TESTED = 2_000  # training images that the gap between training and test is told with
@@ -45,21 +34,11 @@ def run(config: ClassifyConfig) -> Path:
         UserError: something in the settings or the data is wrong; found before anything is written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint is on disk.
     """
-    config = replaced(config, mixed_precision=precision_here(config.precision.mixed_precision))
     if config.plan.dry_run:
         print(plan_text(config))
         return Path(config.output.output_dir)
-    folder, seed, trackers = Path(config.output.output_dir), config.loop.seed, trackers_of(config.output.report_to)
-    accelerator = make_accelerator(
-        mixed_precision=config.precision.mixed_precision,
-        gradient_accumulation_steps=config.loop.gradient_accumulation_steps,
-        logging_dir=folder / CURVES,
-        log_with=trackers or None,
-    )
-    notes = []
-    if on_main(accelerator, lambda: is_first_start(config.output)):
-        config = replaced(config, resume_from_checkpoint=None, overwrite=True)
-        notes.append("resume_from_checkpoint: there is no checkpoint yet; the run begins at its start")
+    folder, seed = Path(config.output.output_dir), config.loop.seed
+    config, accelerator, notes = prepare(config)
     if config.output.resume_from_checkpoint is None:
         on_main(accelerator, lambda: check_output(config))  # before all images are read
     torch.backends.cuda.matmul.allow_tf32 = config.precision.allow_tf32
@@ -73,16 +52,8 @@ def run(config: ClassifyConfig) -> Path:
     notes += on_main(accelerator, lambda: check_data(config.output, digests))
     classifier.to(accelerator.device)
 
-    def curves(place: Path) -> None:
-        if trackers:
-            start_trackers(accelerator, place, folder.resolve().name)
-
-    def begin() -> None:
-        on_main(accelerator, lambda: open_run(config, accelerator.num_processes, curves))
-        for note in [*launcher_notes(config), *notes]:
-            accelerator.print(note)
-
-    progress = train_classifier(config, classifier, accelerator, found.train, folder, begin, digests)
+    ready = partial(begin, config, accelerator, notes)
+    progress = train_classifier(config, classifier, accelerator, found.train, folder, ready, digests)
     memory, method = peak_bytes(accelerator.device.type), config.method.chosen()
     trained, of_head = trained_counts(classifier)
     told = {"images": len(found.train), "steps": progress.step, "seed": seed, "test_share": config.data.test_share}
