@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sd_atoms.classify.config import TestedSettings
-from sd_atoms.classify.images import LabelledSet, open_set, tested_alone
+from sd_atoms.classify.images import LabelledSet, open_set, test_images
 from sd_atoms.classify.models import Classifier, Preprocessing, open_classifier
 from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing
@@ -249,7 +249,7 @@ def open_tests(tested: TestedSettings, files: Sequence[ClassifierFile]) -> Label
     if tested.data is None:
         if tested.test_data is None:
             raise UserError("data or test_data is required: labelled images")
-        return LabelledSet([], *tested_alone(tested.test_data, files[0].class_names))
+        return LabelledSet([], *test_images(tested.test_data, files[0].class_names))
     kept = {}
     for name, usual in (("test_share", 0.2), ("seed", 0)):
         told = {file.training.get(name, usual) for file in files}

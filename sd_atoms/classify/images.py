@@ -69,7 +69,7 @@ def open_set(
         raise UserError(f"data: {data}: no such file or folder; expected {LAYOUTS}, or {PREFIX}TASK")
     if place.is_file():
         train, names = _listed(place)
-        test, names = _tested(test_data, names)
+        test, names = test_images(test_data, names)
     elif (place / "images.txt").is_file() and (place / "image_class_labels.txt").is_file():
         _refuse_test_data(data, test_data)
         return _cub(place)
@@ -84,7 +84,7 @@ def open_set(
             next((place / name for name in TEST_FOLDERS if (place / name).is_dir()), None) if inner != place else None
         )
         train, names = _class_folders(inner)
-        test, names = _tested(test_data or own_test, names)
+        test, names = test_images(test_data or own_test, names)
     if not test:
         if test_share is None or seed is None:
             raise UserError(
@@ -102,21 +102,17 @@ def open_set(
     return LabelledSet(train, test, names)
 
 
-def tested_alone(place: str, names: tuple[str, ...]) -> tuple[list[ImageRecord], tuple[str, ...]]:
-    """The images of a folder of classes or a CSV file, by what a classifier calls its classes.
-
-    Raises:
-        UserError: there are none, everything that is wrong with them, or a class that it does not know.
-    """
-    return _tested(place, names)
-
-
 def _refuse_test_data(data: str, test_data: str | None) -> None:
     if test_data is not None:
         raise UserError(f"test_data: {test_data}: {data} has test images of its own")
 
 
-def _tested(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[ImageRecord], tuple[str, ...]]:
+def test_images(place: str | Path | None, names: tuple[str, ...]) -> tuple[list[ImageRecord], tuple[str, ...]]:
+    """The images of a folder of classes or a CSV file, by what a classifier calls its classes; of None there are none.
+
+    Raises:
+        UserError: there are none, everything that is wrong with them, or a class that it does not know.
+    """
     if place is None:
         return [], names
     place = Path(place).expanduser()
