@@ -10,19 +10,22 @@ MEAN = "mean"
 
 
 def group_means(
-    by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str]
+    by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str], of: str = "test"
 ) -> dict[str, dict[str, float | None]]:
-    """Method -> group -> mean test accuracy over its tasks, and under "mean" that over the groups.
+    """Method -> group -> mean accuracy, test or train, over its tasks, and under "mean" that over the groups.
 
     None where a task of the group, or a group, has none: a mean over fewer tasks is another figure.
 
     Args:
         by_task: task -> the rows of its methods.
         groups: task -> its group.
+        of: whose accuracy, test or train.
     """
     found: dict[str, dict[str, float | None]] = {}
     for method in methods_of(by_task):
-        accuracy = {name: row.test[0] for name, rows in by_task.items() for row in rows if row.method == method}
+        accuracy = {
+            name: getattr(row, of)[0] for name, rows in by_task.items() for row in rows if row.method == method
+        }
         means: dict[str, float | None] = {}
         for group in dict.fromkeys(groups.values()):
             members = [name for name, own in groups.items() if own == group]
@@ -35,20 +38,12 @@ def group_means(
 
 def mean_rows(by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[str, str]) -> list[ClassifierRow]:
     """For each method that is done on every task a row of means over the groups' means."""
-    means, rows = group_means(by_task, groups), []
+    means, of_train, rows = group_means(by_task, groups), group_means(by_task, groups, "train"), []
     for method, own in means.items():
         if own[MEAN] is None:
             continue
         found = [row for task in by_task.values() for row in task if row.method == method]
-        count = len(found)
-        train = {
-            group: [
-                row.train[0] for name, task in by_task.items() if groups[name] == group for row in task
-                if row.method == method
-            ]
-            for group in dict.fromkeys(groups.values())
-        }  # fmt: skip
-        of_train = sum(sum(values) / len(values) for values in train.values()) / len(train)
+        count, train = len(found), of_train[method][MEAN]
         rows.append(
             ClassifierRow(
                 method=method,
@@ -56,8 +51,8 @@ def mean_rows(by_task: Mapping[str, Sequence[ClassifierRow]], groups: Mapping[st
                 parameters=round(sum(row.parameters for row in found) / count),
                 head=round(sum(row.head for row in found) / count),
                 test=(own[MEAN], None, None),
-                train=(of_train, None, None),
-                gap=(of_train - own[MEAN], None, None),
+                train=(train, None, None),
+                gap=(train - own[MEAN], None, None),
                 calibration=sum(row.calibration for row in found) / count,
                 seconds=sum(row.seconds for row in found) / count,
                 memory_gb=max(row.memory_gb for row in found),
