@@ -16,7 +16,7 @@ from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.errors import UserError, first_lines
 from sd_atoms.evaluation.folder import GROUPS, MORE_GROUPS, Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
-from sd_atoms.evaluation.networks import RESIZES, Network, features_of, open_network
+from sd_atoms.evaluation.networks import RESIZES, features_of, open_network, text_features
 from sd_atoms.evaluation.surroundings import NAME, surroundings
 from sd_atoms.files import check_outputs, write_json
 from sd_atoms.generation import GRID_NOTE
@@ -100,7 +100,7 @@ def run(settings: Settings) -> dict[str, Any]:
         network = open_network(name, accelerator.device, settings.resize)
         features = features_of(network, images, settings.resize, cache, accelerator)
         reference = None if real is None else features_of(network, real, settings.resize, cache, accelerator)
-        texts, cut = _texts(network, prompts) if "text" in groups else ({}, [])
+        texts, cut = text_features(network, prompts) if "text" in groups else ({}, [])
         found = score_images(features, reference, prompts, texts, groups, Draws(settings.draws, settings.seed))
         if "text" in groups and network.of_texts is not None and prompts is None:
             found.notes.append("text: not every image has a prompt, in its PNG text, NAME.txt or metadata.jsonl")
@@ -165,14 +165,6 @@ def _png_text(path: Path) -> dict:
             return dict(image.info) if image.format == "PNG" else {}
     except (OSError, ValueError, SyntaxError):  # such as text that is too long
         return {}
-
-
-def _texts(network: Network, prompts: Sequence[str] | None) -> tuple[dict, list[str]]:
-    """prompt -> its features, and those that were cut; none of a network that knows no text."""
-    if network.of_texts is None or prompts is None:
-        return {}, []
-    distinct = list(dict.fromkeys(prompts))
-    return dict(zip(distinct, network.of_texts(distinct), strict=True)), [*filter(network.too_long, distinct)]
 
 
 def _listed(name: str, text: str, allowed: Sequence[str]) -> list[str]:

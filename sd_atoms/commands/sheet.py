@@ -12,7 +12,7 @@ from sd_atoms.data.config import Concept
 from sd_atoms.data.images import fit
 from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
 from sd_atoms.errors import UserError
-from sd_atoms.evaluation.networks import Network, open_network
+from sd_atoms.evaluation.networks import Network, open_network, text_features
 from sd_atoms.evaluation.run import per_image
 from sd_atoms.files import write_json
 from sd_atoms.generation import GRID_NOTE, Request, generate_missing, making_notes, read_images, save_image
@@ -230,10 +230,8 @@ def _scored(
     networks: Sequence[Network],
 ) -> list[Cell]:
     judge, reader = networks[0], next((network for network in networks if network.of_texts is not None), None)
-    reference, own, found = _features(judge, photos), {}, []
-    if reader is not None:
-        distinct = list(dict.fromkeys(texts))
-        own = dict(zip(distinct, reader.of_texts(distinct), strict=True))
+    reference, found = _features(judge, photos), []
+    own = {} if reader is None else text_features(reader, texts)[0]
     for cell, drawn in followed(list(zip(cells, pictures, strict=True)), len(cells), "Scores", "cell"):
         cell = replace(cell, likeness=per_image(_features(judge, drawn), reference, texts, {})["image"])
         if reader is not None:

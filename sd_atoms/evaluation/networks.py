@@ -111,6 +111,14 @@ def features_of(
     return found
 
 
+def text_features(network: Network, prompts: Sequence[str] | None) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """prompt -> its features, and the prompts that were cut; none of a network that knows no text."""
+    if network.of_texts is None or prompts is None:
+        return {}, []
+    distinct = list(dict.fromkeys(prompts))
+    return dict(zip(distinct, network.of_texts(distinct), strict=True)), [*filter(network.too_long, distinct)]
+
+
 def _keep(path: Path, features: torch.Tensor) -> None:
     with replacing(path) as temporary:
         save_file({"features": features}, temporary)

@@ -12,7 +12,7 @@ from sd_atoms.data.checked import usable
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.evaluation.folder import Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
-from sd_atoms.evaluation.networks import Network, features_of
+from sd_atoms.evaluation.networks import Network, features_of, text_features
 from sd_atoms.evaluation.surroundings import NAME, surroundings
 
 RESIZE = "antialiased"
@@ -63,9 +63,7 @@ def score_run(
     found = {}
     for network in networks:
         features, reference = of(network, drawn.images), features_of(network, photos, RESIZE, cache, accelerator)
-        distinct, texts = list(dict.fromkeys(drawn.prompts)), {}
-        if network.of_texts is not None:
-            texts = dict(zip(distinct, network.of_texts(distinct), strict=True))
+        texts, cut = text_features(network, drawn.prompts)
         scores = score_images(features, reference, drawn.prompts, texts, groups, draws)
         figures = {name: figure.entries() for name, figure in scores.figures.items()}
         by_image = per_image(features, reference, drawn.prompts, texts)
@@ -77,7 +75,6 @@ def score_run(
             alike = surroundings(network, checked(drawn.images), photos, RESIZE, accelerator)
             figures[NAME] = mean_figure(alike, draws.number, draws.seed).entries()
             by_image[NAME] = [round(value, 6) for value in alike.tolist()]
-        cut = [prompt for prompt in distinct if network.too_long is not None and network.too_long(prompt)]
         notes = [*scores.notes, *(f"text: {len(cut)} prompts were cut, such as {prompt!r}" for prompt in cut[:1])]
         found[network.name] = {"figures": figures, "notes": notes, "by_image": by_image}
     return found
