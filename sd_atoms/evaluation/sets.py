@@ -118,10 +118,7 @@ def cmmd(
 
 def reaches(x: torch.Tensor, k: int) -> torch.Tensor:
     """(N,): distance of each image (N, d) to the k-th nearest other one."""
-    found = [
-        torch.cdist(x[start : start + CHUNK], x).kthvalue(k + 1, dim=1).values for start in range(0, len(x), CHUNK)
-    ]
-    return torch.cat(found)
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(CHUNK)])
 
 
 def neighbours(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> Neighbours:
