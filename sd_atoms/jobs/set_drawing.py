@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sd_atoms.data.checked import usable
 from sd_atoms.data.concepts import find_images
@@ -26,6 +26,7 @@ from sd_atoms.training.config import TrainConfig
 
 SEEDS = 2**40  # below those of class pictures and of training; no seed that people type is meant
 DRAWS = Draws()
+T = TypeVar("T")
 
 
 def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[ImageRecord], accelerator) -> Pictures:
@@ -76,7 +77,12 @@ def reference_of(plan: SetPlan, run: Run) -> list[ImageRecord]:
     data, most = plan.config(run).data, plan.experiment.reference_images
     columns = dict(image_column=data.image_column, label_column=data.label_column)
     found = task_images(plan.task(run), plan.experiment.data_dir, "test", **columns)
-    return found if most is None or most >= len(found) else [found[n * len(found) // most] for n in range(most)]
+    return found if most is None else spread(found, most)
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """All of them, or so many, spread over them."""
+    return list(items) if len(items) <= most else [items[n * len(items) // most] for n in range(most)]
 
 
 def score_set(

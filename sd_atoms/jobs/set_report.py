@@ -9,7 +9,7 @@ from sd_atoms.data.vtab import Task
 from sd_atoms.errors import UserError
 from sd_atoms.jobs.plan import PRETRAINED
 from sd_atoms.jobs.results import collected
-from sd_atoms.jobs.set_drawing import reference_of, set_requests
+from sd_atoms.jobs.set_drawing import reference_of, set_requests, spread
 from sd_atoms.jobs.sets import SetPlan
 from sd_atoms.report.sets import ImageSet, SetComparison
 
@@ -27,36 +27,22 @@ def set_comparison(plan: SetPlan, failed: Mapping[str, str]) -> SetComparison:
     )
 
 
-def shown_labels(task: Task, present: Sequence[int], columns: int) -> list[int]:
-    """The classes that a figure shows: all that are drawn, or so many, spread over them."""
-    return list(present) if len(present) <= columns else [present[n * len(present) // columns] for n in range(columns)]
-
-
 def _image_set(plan: SetPlan, name: str, tasks: Sequence[Task]) -> ImageSet:
     task, count = tasks[0], plan.experiment.columns
-    run = next(run for run in plan.runs if run.concept == name)
-    reference = reference_of(plan, run)
+    reference = reference_of(plan, next(run for run in plan.runs if run.concept == name))
     requests, labels = set_requests(task, plan.experiment, reference)
-    titles = [own.title for own in tasks]
     if labels is None:
-        real = [reference[n * len(reference) // count] for n in range(min(count, len(reference)))]
-        shown = [request.name for request in requests[:count]]
+        real, shown = spread(reference, count), [request.name for request in requests[:count]]
         width = max(len(real), len(shown))
-        columns = [f"sample {n}" for n in range(width)]
-        images = [_opened(image) for image in real]
-        return ImageSet(
-            name, titles, columns, images + [None] * (width - len(images)), shown + [""] * (width - len(shown)), ()
-        )
-    chosen = shown_labels(task, sorted(set(labels)), count)
-    first = {label: requests[labels.index(label)].name for label in chosen}
-    real = {label: next((image for image in reference if image.label == label), None) for label in chosen}
+        real, shown = real + [None] * (width - len(real)), shown + [""] * (width - len(shown))
+        columns, class_names = [f"sample {n}" for n in range(width)], ()
+    else:
+        chosen = spread(sorted(set(labels)), count)  # classes
+        real = [next((image for image in reference if image.label == label), None) for label in chosen]
+        shown = [requests[labels.index(label)].name for label in chosen]
+        columns, class_names = [task.class_names[label] for label in chosen], task.class_names
     return ImageSet(
-        name,
-        titles,
-        [task.class_names[label] for label in chosen],
-        [_opened(real[label]) for label in chosen],
-        [first[label] for label in chosen],
-        task.class_names,
+        name, [own.title for own in tasks], columns, [_opened(image) for image in real], shown, class_names
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,10 @@ def test_the_first_rows_of_a_figure_are_real_images_and_the_base(finished):
     assert set_figure(comparison, own).size == Image.open(plan.folder / "report/figure-patch_camelyon.png").size
     sprites = comparison.sets[1]
     assert list(sprites.columns) == ["sample 0", "sample 1", "sample 2"]
+    wide = replace(plan, experiment=replace(plan.experiment, columns=40))
+    sprites = set_comparison(wide, {}).sets[1]
+    assert len({image.tobytes() for image in sprites.real}) == len(sprites.columns) == 16  # none of them twice
+    assert sprites.shown[6:] == ["00006"] + [""] * 9
 
 
 def test_a_finished_experiment_repeats_nothing_and_other_settings_are_refused(finished, capsys, monkeypatch):
