@@ -119,9 +119,8 @@ def fields_of(settings: type) -> dict[str, tuple[type, dataclasses.Field]]:
     """Name -> (the section that has it, the field) of all settings, in order."""
     found = {}
     for field in dataclasses.fields(settings):
-        found |= (
-            fields_of(field.metadata["section"]) if "section" in field.metadata else {field.name: (settings, field)}
-        )
+        part = field.metadata.get("section")
+        found |= {field.name: (settings, field)} if part is None else fields_of(part)
     return found
 
 
@@ -156,13 +155,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         meta, kind = field.metadata, _kind(owner, name)
         if meta["item"]:
             continue
-        note = (
-            " (required)"
-            if meta["required"]
-            else ""
-            if field.default in (None, ())
-            else f" (default: {field.default})"
-        )
+        note = "" if field.default in (None, ()) else f" (default: {field.default})"
+        note = " (required)" if meta["required"] else note
         options = dict(help=(meta["help"] + note).replace("%", "%%"), default=argparse.SUPPRESS)
         if meta["positional"]:
             parser.add_argument(name, nargs=None if meta["required"] else "?", metavar=name.upper(), **options)
