@@ -158,13 +158,11 @@ class ClassifyConfig:
     plan: PlanSettings = section(PlanSettings)
 
     def __post_init__(self):
-        problems, method = [], self.method.chosen()
-        given = self.method.given()
-        problems += (
-            [f"{name}: method head has no settings" for name in given]
-            if method is HEAD_ALONE
-            else (check_settings(method, given))
-        )
+        method, given = self.method.chosen(), self.method.given()
+        if method is HEAD_ALONE:
+            problems = [f"{name}: method head has no settings" for name in given]
+        else:
+            problems = [*check_settings(method, given)]
         if method.name == "atoms" and not self.method.m and not self.method.kc:
             problems.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
         if self.optimiser.learning_rate is None and not method.rates:

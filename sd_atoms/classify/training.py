@@ -183,15 +183,8 @@ def rate_groups(parameters: Mapping[str, nn.Parameter], classifier: Classifier, 
     for name, parameter in parameters.items():
         kind = HEAD if id(parameter) in head else method.kind(name)
         groups.setdefault("main" if kind in method.main_kinds and kind != HEAD else kind, []).append(parameter)
-    rates = (
-        dict(method.rates)
-        | RATES
-        | {
-            "main": optimiser.learning_rate,
-            "beta": optimiser.beta_learning_rate,
-            HEAD: optimiser.head_learning_rate,
-        }
-    )
+    rates = {**method.rates, **RATES, "main": optimiser.learning_rate, "beta": optimiser.beta_learning_rate}
+    rates[HEAD] = optimiser.head_learning_rate
     return [{"params": members, "lr": rates[kind]} for kind, members in groups.items()]
 
 

@@ -85,13 +85,10 @@ def _content(path: str | Path) -> bytes:
 def _size_like(picture: Image.Image, areas_px: tuple[int, int], size_px: tuple[int | None, int | None], unit_px: int):
     """Width and height in a picture's shape, with one side given or none."""
     aspect, own = picture.width / picture.height, picture.width * picture.height
+    area = own if areas_px[0] <= own <= areas_px[1] else areas_px[0]
     width, height = size_px
     if width is None:
-        width = (
-            math.sqrt((own if areas_px[0] <= own <= areas_px[1] else areas_px[0]) * aspect)
-            if height is None
-            else height * aspect
-        )
+        width = math.sqrt(area * aspect) if height is None else height * aspect
     height = width / aspect if height is None else height
     return tuple(max(1, round(side / unit_px)) * unit_px for side in (width, height))
 
