@@ -103,7 +103,7 @@ def run(settings: Settings) -> None:
     if len(artefacts) == 1 and not settings.other_base:
         header |= {"sd_atoms_base_fingerprint": artefacts[0].about.get("fingerprint", "")}
     if not kinds:
-        print(_overview(contents, refused, DTYPES[settings.dtype], header))
+        print(_overview(contents, refused, settings.dtype, header))
         return
     dtype, told = DTYPES[settings.dtype], []
     for kind in kinds:
@@ -178,9 +178,10 @@ def _files(kind: str, name: str) -> list[str]:
     }[kind]
 
 
-def _overview(contents: Contents, refused: dict[str, str], dtype: torch.dtype, header: dict[str, str]) -> str:
+def _overview(contents: Contents, refused: dict[str, str], dtype_name: str, header: dict[str, str]) -> str:
     biases = any("bias" in change.values and not change.norm for change in contents.layers.values())
-    rounding, whole = f"rounded to {_short(dtype)}", tensors_bytes(contents.checkpoint_shapes, dtype)
+    rounding, dtype = f"rounded to {dtype_name}", DTYPES[dtype_name]
+    whole = tensors_bytes(contents.checkpoint_shapes, dtype)
     words = sum(
         tensors_bytes({"emb_params": (len(rows), len(rows[0]))}, torch.float16)
         for rows in _words(contents.tokens).values()
@@ -265,7 +266,3 @@ def _size(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} bytes"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value is dtype)

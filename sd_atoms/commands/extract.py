@@ -77,8 +77,8 @@ def run(settings: Settings) -> Path:
     out, source = Path(settings.out), settings.source
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name of a .safetensors file is needed")
-    picture = str(Path(settings.out).with_suffix(".png")) if settings.out else None
-    check_outputs(settings.overwrite, out=settings.out, picture=picture)
+    picture = out.with_suffix(".png")
+    check_outputs(settings.overwrite, out=settings.out, picture=str(picture))
     base = settings.pretrained_model_name_or_path
     if is_model(source):
         if base is None:
@@ -125,7 +125,6 @@ def run(settings: Settings) -> Path:
     if prompt:
         if other is None:
             other = open_base(base, base_config=base_config)
-        picture = out.with_suffix(".png")
         save_image(picture, _before_and_after(pipe, other, artefact, out, prompt, header.sampling), {"prompt": prompt})
         print(f"{picture}: {prompt!r} by the base, the source and the atoms")
     return out

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from sd_atoms.classify.cam import active_shares, chosen_block, maps_of
 from sd_atoms.classify.config import TestedSettings
 from sd_atoms.classify.file import load_classifier, open_tests, read_classifier
@@ -77,9 +75,11 @@ def run(settings: Settings) -> None:
         right = share_figure(said == said.new_tensor(labels))
         figures = {"active": size.entries(), "empty_maps": empty, "accuracy": right.entries()}
         told.append({"classifier": place, "layer": layer, **figures})
-        crops = [_pixels(centre_crop(images[number], classifier.preprocessing)) for number in shown]
+        crops = to_unit([centre_crop(images[number], classifier.preprocessing) for number in shown])
         answers = [file.class_names[said[number]] for number in shown]
-        columns.append((f"{file.method}: {place}", crops, answers, maps[: len(shown)].numpy()))
+        columns.append(
+            (f"{file.method}: {place}", crops.permute(0, 2, 3, 1).numpy(), answers, maps[: len(shown)].numpy())
+        )
     sheet, notes = cam_sheet([names[number] for number in shown], columns)
     with replacing(Path(settings.out)) as temporary:
         sheet.savefig(temporary, format="png")
@@ -105,7 +105,3 @@ def sizes_text(told: list[dict]) -> str:
         ]
         cells.append([entry["classifier"], entry["layer"], texts[0], str(entry["empty_maps"]), texts[1]])
     return text_table(["classifier", "layer", "active region", "empty maps", "right"], cells, left=(0, 1))
-
-
-def _pixels(image: Image.Image):
-    return to_unit([image])[0].permute(1, 2, 0).numpy()
