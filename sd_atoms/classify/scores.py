@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler
 
 from sd_atoms.classify.models import Classifier
 from sd_atoms.classify.training import centre_crop
@@ -27,14 +28,11 @@ def logits_of(classifier: Classifier, records: Sequence[ImageRecord], accelerato
 
     def some(share: Sequence[ImageRecord]) -> list[np.ndarray]:
         ready = read_ahead(lambda record: centre_crop(record.read(), classifier.preprocessing), share)
-        rows, batch = [], []
-        for image in followed(ready, len(share), "Images", "image"):
-            batch.append(image)
-            if len(batch) == BATCH or len(rows) + len(batch) == len(share):
-                pixels = classifier.preprocessing.normalised(to_unit(batch).to(device))
-                # as numpy, since a row of a tensor takes its whole batch along to another process
-                rows += [*classifier(pixels).float().cpu().numpy()]
-                batch = []
+        rows = []
+        for batch in BatchSampler(followed(ready, len(share), "Images", "image"), BATCH, drop_last=False):
+            pixels = classifier.preprocessing.normalised(to_unit(batch).to(device))
+            # as numpy, since a row of a tensor takes its whole batch along to another process
+            rows += [*classifier(pixels).float().cpu().numpy()]
         return rows
 
     found = torch.from_numpy(np.stack(shared_work(some, records, accelerator)))

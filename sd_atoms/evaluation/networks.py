@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from sd_atoms.data.images import fit
@@ -134,12 +135,9 @@ def _kept(path: Path | None) -> torch.Tensor | None:
 @torch.no_grad()
 def _rows(network: Network, records: Sequence[ImageRecord]) -> Iterator[torch.Tensor]:
     images = read_ahead(lambda record: record.read(), records)
-    batch = []
-    for number, image in enumerate(followed(images, len(records), f"Features of {network.name}", "image"), 1):
-        batch.append(image)
-        if len(batch) == BATCH or number == len(records):
-            yield from network.of_images(batch)
-            batch = []
+    images = followed(images, len(records), f"Features of {network.name}", "image")
+    for batch in BatchSampler(images, BATCH, drop_last=False):
+        yield from network.of_images(batch)
 
 
 @torch.no_grad()
