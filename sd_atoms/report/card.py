@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import yaml
 
-from sd_atoms.report.markdown import cell, code, escaped, fenced, table
+from sd_atoms.report.markdown import cell, code, escaped, fenced, number_text, table
 from sd_atoms.sources import is_hub_id
 
 TAGS = ("text-to-image", "stable-diffusion", "dreambooth")
@@ -121,9 +121,10 @@ def _what_it_is(config: Mapping[str, Any], metrics: Mapping[str, Any], file: Ada
     method = f"*{_method(config)}* alone{paper}"
     if training.get("trained_text_numbers"):
         method = f"*{_method(config)}*{paper} and an adapter of its text encoder"
+    size = f"{file.size_bytes / 1e3:.1f} KB" if file.size_bytes < 1e6 else f"{file.size_bytes / 1e6:.1f} MB"
     return (
         f"It teaches the Stable Diffusion base {base} {what} by {method}{trained}. "
-        f"The file {code(file.name)} of {_size(file.size_bytes)} is the whole adapter."
+        f"The file {code(file.name)} of {size} is the whole adapter."
     )
 
 
@@ -325,12 +326,8 @@ def _base(config: Mapping[str, Any]) -> str:
     return str(config.get("pretrained_model_name_or_path") or "its base")
 
 
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e3:.1f} KB" if size_bytes < 1e6 else f"{size_bytes / 1e6:.1f} MB"
-
-
 def _number(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else f"{value:{form}}".replace("-", "−")
+    return number_text(value, form).replace("-", "−")
 
 
 def _listed(items: Sequence[str]) -> str:

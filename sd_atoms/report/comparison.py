@@ -7,7 +7,7 @@ from typing import Any
 
 from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.comparison_figures import curves_figure, pareto_figure, prompt_grid
-from sd_atoms.report.markdown import escaped, table
+from sd_atoms.report.markdown import escaped, number_text, table
 from sd_atoms.report.page import write_page
 from sd_atoms.report.rows import Comparison, Row, columns_of, first_sentence, paired_columns, rows_of, tried_rates
 from sd_atoms.report.table import figures_csv
@@ -47,14 +47,14 @@ def comparison_markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
     }
     lines = []
     for row in rows:
-        score = "" if row.score is None else f"{row.score:.3f}"
+        score = number_text(row.score, ".3f")
         lines.append(
             [
-                escaped(row.concept), escaped(row.method), str(row.seeds), _number(row.parameters, ",d"),
-                _number(row.kilobytes, ",.0f"), _number(row.rate, "g") + ("*" if row.edge else ""),
+                escaped(row.concept), escaped(row.method), str(row.seeds), number_text(row.parameters, ",d"),
+                number_text(row.kilobytes, ",.0f"), number_text(row.rate, "g") + ("*" if row.edge else ""),
                 *(_figure(row.figures.get(key)) for key in columns.values()),
                 f"**{score}**" if score and row.score == best[row.concept] else score,
-                _number(row.seconds, ",.0f"), _number(row.memory_gb, ".2f"),
+                number_text(row.seconds, ",.0f"), number_text(row.memory_gb, ".2f"),
             ]
         )  # fmt: skip
     right = [False, False] + [True] * (len(header) - 2)
@@ -205,7 +205,3 @@ def _figure(figure: tuple[float, float | None, float | None] | None) -> str:
 
 def _signed(figure: tuple[float, float, float] | None) -> str:
     return "" if figure is None else f"{figure[0]:+.3f} ({figure[1]:+.3f} to {figure[2]:+.3f})"
-
-
-def _number(value: float | int | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"

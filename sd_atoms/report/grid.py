@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PAPER = (255, 255, 255)
 INK = (51, 51, 51)
@@ -227,6 +227,4 @@ def _sheet(body: Image.Image, title: str | None, cells: Sequence[Image.Image]) -
     gap_px = _gap(cells)
     if title is not None:
         body = _above([_text(title, _font(cells[0].width / 6.5), body.width), body], 2 * gap_px)
-    sheet = _blank(body.width + 4 * gap_px, body.height + 4 * gap_px)
-    sheet.paste(body, (2 * gap_px, 2 * gap_px))
-    return sheet
+    return ImageOps.expand(body, 2 * gap_px, PAPER)

@@ -31,6 +31,11 @@ def fenced(language: str, text: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def number_text(value: float | None, form: str) -> str:
+    """A number in that form; an empty cell where there is none."""
+    return "" if value is None else f"{value:{form}}"
+
+
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[bool] = (), centred: bool = False
 ) -> str:

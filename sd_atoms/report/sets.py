@@ -11,7 +11,7 @@ from PIL import Image
 
 from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.grid import image_grid
-from sd_atoms.report.markdown import escaped, table
+from sd_atoms.report.markdown import escaped, number_text, table
 from sd_atoms.report.rows import PRETRAINED, mean_of, mean_value
 from sd_atoms.report.table import figures_csv
 
@@ -161,7 +161,7 @@ def sets_markdown(comparison: SetComparison, rows: Sequence[Mapping[str, Any]]) 
         own = [row for row in rows if row["network"] == network]
         shown = _columns(own)
         cells = [
-            [escaped(row["set"]), escaped(row["method"]), f"{row['seeds']}", _count(row["parameters"]),
+            [escaped(row["set"]), escaped(row["method"]), f"{row['seeds']}", number_text(row["parameters"], ","),
              *(_cell(row, key) for key, _ in shown.values())]
             for row in own
         ]  # fmt: skip
@@ -212,7 +212,7 @@ def page_text(comparison: SetComparison, rows: Sequence[Mapping[str, Any]]) -> s
                 "network": mine[0]["network"] if mine else "",
                 "methods": [row["method"] for row in by_class],
                 "classes": [
-                    (name, [_share(row["coverage_by_class"].get(label)) for row in by_class])
+                    (name, [number_text(row["coverage_by_class"].get(label), ".2f") for row in by_class])
                     for label, name in enumerate(own.class_names)
                     if any(label in row["coverage_by_class"] for row in by_class)
                 ],
@@ -220,7 +220,13 @@ def page_text(comparison: SetComparison, rows: Sequence[Mapping[str, Any]]) -> s
         )
     cells = [
         {
-            "plain": [row["set"], row["method"], row["network"], f"{row['seeds']}", _count(row["parameters"])],
+            "plain": [
+                row["set"],
+                row["method"],
+                row["network"],
+                str(row["seeds"]),
+                number_text(row["parameters"], ","),
+            ],
             "figures": [(_cell(row, key), row["figures"].get(key, ("",))[0]) for key, _ in shown.values()],
         }
         for row in rows
@@ -266,11 +272,3 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"

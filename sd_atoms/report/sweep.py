@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from sd_atoms.report.markdown import escaped, table
+from sd_atoms.report.markdown import escaped, number_text, table
 
 SCORE_FORMULA = "2 · image · text / (image + text)"
 CURVES = {
@@ -104,7 +104,7 @@ def sweep_markdown(entries: Sequence[Entry], grid: Mapping[str, Sequence[Any]]) 
         row = [escaped(show(value)) for value in entry.values.values()]
         for key in shown:
             value = getattr(entry, key)
-            text = "" if value is None else f"{value:{COLUMNS[key][1]}}"
+            text = number_text(value, COLUMNS[key][1])
             row.append(f"**{text}**" if key == "score" and value is not None and value == best else text)
         rows.append(row + ([escaped(entry.failure or "")] if failed else []))
     points = math.prod(map(len, grid.values()))
