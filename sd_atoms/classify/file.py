@@ -63,18 +63,14 @@ def save_classifier(
     """
     network = classifier.network
     config = getattr(network, "peft_config", {}).get("default")
-    state = (
-        {}
-        if config is None
-        else get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
-    )
-    tensors = {f"{ADAPTER_KEYS}{key}": value for key, value in state.items()}
-    tensors |= {f"{HEAD_KEYS}{key}": value for key, value in classifier.head.state_dict().items()}
-    settings = None
+    state, settings = {}, None
     if config is not None:
+        state = get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
         settings = kept_settings(config)
         targets = config.target_modules
         settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    tensors = {f"{ADAPTER_KEYS}{key}": value for key, value in state.items()}
+    tensors |= {f"{HEAD_KEYS}{key}": value for key, value in classifier.head.state_dict().items()}
     about = {
         "format": FORMAT,
         "model": model,
