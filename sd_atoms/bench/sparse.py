@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +32,10 @@ def bench_sparse(channels: int, m: int, l1: float, rounds: int, threads: int) ->
     with tqdm(total=rounds * len(solvers), unit="run", disable=None) as progress:
         for _ in range(rounds):
             for name, solver in solvers.items():
-                took, atoms, codes = _timed(solver, rows, m, l1)
-                seconds[name].append(took)
+                torch.manual_seed(0)  # equal first atoms round after round
+                start = time.perf_counter()
+                atoms, codes = solver(rows, m, l1)
+                seconds[name].append(time.perf_counter() - start)
                 if name not in results:
                     # codes apart from atoms: what the same atoms reach with codes at their optimum
                     results[name] = {
@@ -100,14 +101,6 @@ def sparse_text(result: dict) -> str:
 def _ours(rows: torch.Tensor, m: int, l1: float) -> tuple[torch.Tensor, torch.Tensor]:
     atoms = sparse_atoms(rows, m, l1).atoms
     return atoms, sparse_coefficients(rows, atoms, l1)
-
-
-def _timed(solver: Callable, rows: torch.Tensor, m: int, l1: float) -> tuple[float, torch.Tensor, torch.Tensor]:
-    # equal first atoms round after round
-    torch.manual_seed(0)
-    start = time.perf_counter()
-    atoms, codes = solver(rows, m, l1)
-    return time.perf_counter() - start, atoms, codes
 
 
 def _greedy_codes(rows: torch.Tensor, atoms: torch.Tensor, l1: float) -> torch.Tensor:

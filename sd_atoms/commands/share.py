@@ -95,7 +95,9 @@ def write_share_folder(run: Path, repo_id: str | None, checkpoint: Path | None =
     if repo_id is not None:
         check_repo_id(repo_id)
     artefact, name, finished = _adapter(run, checkpoint)
-    config = _with_public_names(_recorded_settings(run / CONFIG))
+    config = _recorded_settings(run / CONFIG)
+    names = ("pretrained_model_name_or_path", "clip_model_name_or_path")  # which the card tells
+    config |= {key: public_name(config[key]) for key in names if isinstance(config.get(key), str)}
     metrics, environment = _read_json(run / METRICS) if finished else {}, _read_json(run / ENVIRONMENT)
     base = artefact.about.get("base")
     about = artefact.about | ({"base": public_name(base)} if isinstance(base, str) else {})
@@ -139,12 +141,6 @@ def _recorded_settings(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{path}: {name}: {error}") from error
     return recorded
-
-
-def _with_public_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, of which the card names the base and the judge."""
-    names = ("pretrained_model_name_or_path", "clip_model_name_or_path")
-    return config | {name: public_name(config[name]) for name in names if isinstance(config.get(name), str)}
 
 
 def _adapter(run: Path, checkpoint: Path | None) -> tuple[Artefact, str, bool]:

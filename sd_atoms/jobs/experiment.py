@@ -149,7 +149,8 @@ def _rates_to_try(
         usual = _usual_rate(concepts[concept] | of_method)
         if usual is None:
             raise UserError("has no usual rate to multiply; give its learning_rate, or a list of them to try")
-        tried[concept] = [_short(usual * factor) for factor in rates.factors]
+        # 0.0033, not 0.0033000000000000004
+        tried[concept] = [float(f"{usual * factor:.2g}") for factor in rates.factors]
     return tried
 
 
@@ -290,8 +291,3 @@ def _usual_rate(values: Mapping[str, Any]) -> float | None:
         return with_defaults(resolve(TrainConfig, dict(values))).optimiser.learning_rate if method.rates else None
     except UserError:
         return None  # said with the runs themselves
-
-
-def _short(rate: float) -> float:
-    """Two digits of a rate: 0.0033, not 0.0033000000000000004."""
-    return float(f"{rate:.2g}")
