@@ -23,7 +23,6 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import MORE_GROUPS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
-from sd_atoms.methods import get_method
 from sd_atoms.settings import config_file, fields_of, read_config, resolve
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
@@ -146,7 +145,7 @@ def _rates_to_try(
         return {}
     tried = {}
     for concept in rates.concepts:
-        usual = _usual_rate(concepts[concept] | of_method)
+        usual = with_defaults(resolve(TrainConfig, {**concepts[concept], **of_method})).optimiser.learning_rate
         if usual is None:
             raise UserError("has no usual rate to multiply; give its learning_rate, or a list of them to try")
         # 0.0033, not 0.0033000000000000004
@@ -282,12 +281,3 @@ def _wrong_in(plan: Plan) -> list[str]:
         problems += [f"rates: seeds: {', '.join(map(str, sorted(both)))} are scored too; take others"] if both else []
         problems += [f"rates: prompts_file: {sorted(same)[0]!r} is scored too; take others"] if same else []
     return problems
-
-
-def _usual_rate(values: Mapping[str, Any]) -> float | None:
-    """The learning rate that a run of these settings has if nobody says; None if it has none or they are wrong."""
-    try:
-        method = get_method(str(values.get("method", "atoms")))
-        return with_defaults(resolve(TrainConfig, dict(values))).optimiser.learning_rate if method.rates else None
-    except UserError:
-        return None  # said with the runs themselves

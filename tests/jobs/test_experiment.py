@@ -127,6 +127,8 @@ def test_a_flag_wins_over_the_file(tmp_path):
             {"rates": {"factors": [1]}, "methods": {"lora": {"learning_rate": ["a"]}}},
             "lora: learning_rate: a number, or",
         ),
+        ({"rates": {"factors": [1]}, "methods": {"lora": {"rankk": 4}}}, "unknown key 'rankk' (did you mean rank"),
+        ({"rates": {"factors": [1]}, "methods": {"ia4": None}}, "method='ia4': one of atoms, "),
         ({"rates": {"factors": []}}, "rates: factors: a list of numbers above 0 is needed"),
         ({"rates": {"factors": [1], "speed": 1}}, "rates: unknown key 'speed'"),
         ({"rates": {"factors": [1], "concepts": ["dog"]}}, "rates: concepts: of castle, canal"),
