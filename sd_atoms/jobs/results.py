@@ -1,5 +1,6 @@
 """What the finished runs of an experiment left, and whether they can stand side by side."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from sd_atoms.errors import UserError
 from sd_atoms.files import write_json
 from sd_atoms.jobs.plan import PRETRAINED, Plan, Run, Runs
-from sd_atoms.jobs.queue import failure_of, held
+from sd_atoms.jobs.queue import Taken, failure_of, held
 from sd_atoms.report.rows import selection
 from sd_atoms.settings import read_yaml
 from sd_atoms.training.config import TrainConfig
@@ -137,7 +138,7 @@ def merge_from(plan: Plan, other: Path) -> None:
             check_same(with_defaults(plan.config(run)), source, bool(run.rate_runs))
         if (folder / SCORES).exists():
             continue
-        with held(plan.folder / QUEUE, run.name):
+        with contextlib.suppress(Taken), held(plan.folder / QUEUE, run.name):  # taken: another works at it
             if not (folder / SCORES).exists():
                 shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SCORES))
                 write_json(folder / SCORES, read_scores(source / SCORES))  # last: it says that the run is whole

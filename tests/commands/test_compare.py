@@ -24,8 +24,8 @@ from sd_atoms.commands.experiment import check_runs
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
-from sd_atoms.jobs.queue import note_failure
-from sd_atoms.jobs.results import SCORES, check_rates_settled, merge_from, selection_score
+from sd_atoms.jobs.queue import held, note_failure
+from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
 from sd_atoms.report.rows import mean_of, paired, rows_of
 
@@ -239,6 +239,15 @@ def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(co
         merge_from(elsewhere, changed)
     with pytest.raises(UserError, match="holds no finished run of this experiment"):
         merge_from(elsewhere, tmp_path)
+
+
+def test_a_run_that_another_process_works_at_is_left_to_it(compared, tmp_path):
+    plan, _ = compared
+    elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
+    with held(elsewhere.folder / QUEUE, "castle/lora/seed-0"):
+        merge_from(elsewhere, plan.folder)
+    left = [run.name for run in elsewhere.runs if not (elsewhere.run_folder(run) / SCORES).exists()]
+    assert left == ["castle/lora/seed-0"]
 
 
 def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
