@@ -221,7 +221,8 @@ def _picture_count(plan: Plan, run: Run) -> int:
     if run.stage != "rate":
         count += len(plan.unrelated)
     if run.stage == "scored":
-        count += len([scale for scale in plan.scales if scale != 1]) * plan.experiment.scale_prompts
+        strengths = [scale for scale in plan.scales if scale != 1]
+        count += len(strengths) * len(plan.shown_prompts[: plan.experiment.scale_prompts])
     return count
 
 

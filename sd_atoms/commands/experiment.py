@@ -109,4 +109,5 @@ def step_of(plan: Runs, job: Job) -> str:
         return ""
     if (plan.run_folder(run) / METRICS).exists():
         return "generates and scores"
-    return f"step {log[-1]['step']} of {plan.config(run).loop.max_train_steps}"
+    loop = plan.config(run).loop
+    return f"step {log[-1]['step']}" + ("" if loop.num_train_epochs else f" of {loop.max_train_steps}")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from torch.nn import functional as F
 
 from sd_atoms.cli import main
 from sd_atoms.commands.compare import comparison_of, do_run
-from sd_atoms.commands.experiment import check_runs
+from sd_atoms.commands.experiment import check_runs, step_of
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
-from sd_atoms.jobs.queue import held, note_failure
+from sd_atoms.jobs.queue import Job, held, note_failure
 from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
 from sd_atoms.report.rows import mean_of, paired, rows_of
@@ -248,6 +249,21 @@ def test_a_run_that_another_process_works_at_is_left_to_it(compared, tmp_path):
         merge_from(elsewhere, plan.folder)
     left = [run.name for run in elsewhere.runs if not (elsewhere.run_folder(run) / SCORES).exists()]
     assert left == ["castle/lora/seed-0"]
+
+
+def test_how_far_a_run_has_come(compared, tmp_path):
+    plan, _ = compared
+    elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
+    run = elsewhere.named("castle/lora/seed-0")
+    folder, job = elsewhere.run_folder(run), Job(run.name, elsewhere.run_folder(run) / SCORES, ())
+    assert step_of(elsewhere, job) == ""
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert step_of(elsewhere, job) == "step 1 of 2"
+    passes = [replace(own, values={**own.values, "num_train_epochs": 1}) for own in elsewhere.runs]
+    assert step_of(replace(elsewhere, runs=tuple(passes)), job) == "step 1"
+    (folder / "metrics.json").write_text("{}")
+    assert step_of(elsewhere, job) == "generates and scores"
 
 
 def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
