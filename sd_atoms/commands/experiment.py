@@ -38,10 +38,12 @@ def run_one(plan: Runs, name: str, do_run: Callable[[Any, Run], None]) -> None:
     """One run, here and now; how it fails is left for the queue, whichever that is.
 
     Raises:
+        UserError: there is none of that name, or as `finish`.
         SystemExit: TAKEN, if another process works at it.
     """
+    run = plan.named(name)
     try:
-        do_run(plan, plan.named(name))
+        do_run(plan, run)
     except Taken:
         print(f"{name}: another process works at it", file=sys.stderr)
         raise SystemExit(TAKEN) from None

@@ -287,6 +287,7 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
     assert "5 done" in capsys.readouterr().out
     assert main(["compare", path, "--run", "castle/dora/seed-0"]) == 2
     assert "'castle/dora/seed-0' is none of this experiment's" in capsys.readouterr().err
+    assert not (plan.folder / QUEUE / "castle/dora").exists()
     assert main(["compare", path, "--metrics", "beauty"]) == 2
     assert "metrics: 'beauty'" in capsys.readouterr().err
     words = ["compare", path, "--networks", "nowhere/none", "--output_dir", str(plan.folder.parent / "new")]
