@@ -100,8 +100,10 @@ def features_of(
         cache: folder where they stay, by the content of the images, the network's weights and the resize.
         accelerator: its processes share the work; all must call it.
     """
-    key = [network.digest, resize, *(record.digest() for record in records)]
-    path = cache and cache / "features" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    path = None
+    if cache is not None:
+        key = [network.digest, resize, *(record.digest() for record in records)]
+        path = cache / "features" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     # one look for all: processes that disagree on what is there would wait for each other for ever
     kept = on_main(accelerator, lambda: _kept(path))
     if kept is not None:

@@ -10,6 +10,7 @@ from sd_atoms.cli import main
 from sd_atoms.data.checked import usable, with_masks
 from sd_atoms.data.records import folder_images, image_record
 from sd_atoms.errors import UserError
+from sd_atoms.evaluation import surroundings as module
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.evaluation.surroundings import subject_places, surroundings
 from sd_atoms.pocket.world import Scene, render
@@ -47,6 +48,13 @@ def test_the_subject_counts_for_nothing_and_what_surrounds_it_for_all(tmp_path):
         for setting in ("otherworld", "lake", "forest")
     ]
     assert value(saved(tmp_path / "elsewhere", elsewhere)).max() < 0.97
+
+
+def test_an_image_is_made_without_its_subject_once(monkeypatch):
+    own, made = module._content, []
+    monkeypatch.setattr(module, "_content", lambda record, places: made.append(record.name) or own(record, places))
+    value(photos())
+    assert len(made) == 10  # five images, and the five photos
 
 
 def test_places_are_where_any_photo_has_its_subject():
