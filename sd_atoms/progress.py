@@ -35,7 +35,7 @@ class Lines:
         """So much more is done; says so if the last line is half a minute old."""
         self.done += count
         now = time.monotonic()
-        if now - self.told < SECONDS:
+        if now - self.told < SECONDS or self.done == self.first:
             return
         self.told = now
         seconds = (now - self.started) / (self.done - self.first)  # of one

@@ -21,6 +21,14 @@ def test_a_log_file_gets_a_line_every_half_minute(monkeypatch, capsys):
     assert len(lines) == 33
 
 
+def test_nothing_done_takes_no_time_each(monkeypatch, capsys):
+    seconds = count(0, 40)
+    monkeypatch.setattr("sd_atoms.progress.time.monotonic", lambda: next(seconds))
+    with progress_bar(3, "Runs", "run", initial=1) as bar:
+        bar.update(0)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_quick_run_says_nothing_in_between_and_other_processes_never_do(capsys):
     for main in (True, False):
         with progress_bar(3, "Pictures", "picture", main=main) as bar:
