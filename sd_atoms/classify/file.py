@@ -204,7 +204,7 @@ def load_classifier(path: str | Path, model: str | None = None) -> tuple[Classif
     return classifier.eval(), file
 
 
-def put_in(label: str, classifier: Classifier, file: ClassifierFile, adapter_name: str = "default") -> None:
+def put_in(label: str, classifier: Classifier, file: ClassifierFile) -> None:
     """Puts a file's adapter and head into the network it was made for.
 
     Raises:
@@ -230,8 +230,8 @@ def put_in(label: str, classifier: Classifier, file: ClassifierFile, adapter_nam
             raise UserError(
                 f"{label}: corrupt, {len(wrong)} of its tensors do not fit the network, such as {wrong[0]}"
             )
-        add_adapter(classifier.network, file.config, adapter_name)
-        set_peft_model_state_dict(classifier.network, file.state, adapter_name)
+        add_adapter(classifier.network, file.config)
+        set_peft_model_state_dict(classifier.network, file.state)
     classifier.requires_grad_(False)
 
 

@@ -40,16 +40,13 @@ def logits_of(classifier: Classifier, records: Sequence[ImageRecord], accelerato
     return found
 
 
-def scores_of(
-    logits: torch.Tensor, labels: Sequence[int], class_names: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
+def scores_of(logits: torch.Tensor, labels: Sequence[int], class_names: Sequence[str]) -> dict[str, Any]:
     """Accuracy with its interval, by class, the calibration error and the confusion matrix.
 
     Args:
         logits: (N, classes).
         labels: of the N images.
         class_names: by label.
-        seed: of the bootstrap.
 
     Returns:
         accuracy, cross_entropy: value, n, low, high (95 %). by_class: name -> accuracy, None of a class without
@@ -69,7 +66,7 @@ def scores_of(
     loss = F.cross_entropy(logits.double(), truth, reduction="none")
     return {
         "accuracy": share_figure(right).entries(),
-        "cross_entropy": mean_figure(loss, DRAWS, seed).entries(),
+        "cross_entropy": mean_figure(loss, DRAWS, seed=0).entries(),
         "majority": (counts.max() / len(truth)).item(),
         "calibration_error": calibration_error(logits, truth),
         "by_class": by_class,

@@ -40,7 +40,6 @@ def score_run(
     groups: Sequence[str],
     cache: Path,
     accelerator=None,
-    draws: Draws = DRAWS,
 ) -> dict[str, dict[str, Any]]:
     """network -> {"figures": name -> Figure as a dict, "notes", "by_image": name -> a value per image}.
 
@@ -51,7 +50,6 @@ def score_run(
         groups: of `folder.MORE_GROUPS`.
         cache: folder of features, by content.
         accelerator: its processes share the work; all must call.
-        draws: of the intervals.
     """
 
     def checked(paths: Sequence[Path]) -> list[ImageRecord]:
@@ -64,16 +62,16 @@ def score_run(
     for network in networks:
         features, reference = of(network, drawn.images), features_of(network, photos, RESIZE, cache, accelerator)
         texts, cut = text_features(network, drawn.prompts)
-        scores = score_images(features, reference, drawn.prompts, texts, groups, draws)
+        scores = score_images(features, reference, drawn.prompts, texts, groups, DRAWS)
         figures = {name: figure.entries() for name, figure in scores.figures.items()}
         by_image = per_image(features, reference, drawn.prompts, texts)
         if drawn.unrelated:
             ours, bases = (F.normalize(of(network, paths), dim=1) for paths in (drawn.unrelated, drawn.unrelated_base))
             apart = (ours - bases).double().square().sum(1) / 4  # (1 − cosine) / 2 of unit vectors
-            figures["drift"] = mean_figure(apart, draws.number, draws.seed).entries()
+            figures["drift"] = mean_figure(apart, DRAWS.number, DRAWS.seed).entries()
         if NAME in groups:
             alike = surroundings(network, checked(drawn.images), photos, RESIZE, accelerator)
-            figures[NAME] = mean_figure(alike, draws.number, draws.seed).entries()
+            figures[NAME] = mean_figure(alike, DRAWS.number, DRAWS.seed).entries()
             by_image[NAME] = [round(value, 6) for value in alike.tolist()]
         notes = [*scores.notes, *(f"text: {len(cut)} prompts were cut, such as {prompt!r}" for prompt in cut[:1])]
         found[network.name] = {"figures": figures, "notes": notes, "by_image": by_image}

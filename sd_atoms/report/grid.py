@@ -31,7 +31,6 @@ def image_grid(
     column_labels: Sequence[str] | None = None,
     *,
     title: str | None = None,
-    cell_px: int | None = None,
 ) -> Image.Image:
     """Rows of pictures with labels at their left and above their columns.
 
@@ -40,8 +39,6 @@ def image_grid(
         row_labels: one per row, such as the prompt; wrapped to the width of two cells.
         column_labels: one per column, such as the method or the seed; wrapped to the width of a cell.
         title: stands above everything; wrapped to the width of the sheet.
-        cell_px: longest side of a picture on the sheet; None takes that of the largest picture, at least 160 px (a
-            whole multiple of smaller pictures) and at most 256 px otherwise.
 
     Raises:
         ValueError: no pictures, rows of several lengths, or more or fewer labels than rows or columns.
@@ -53,7 +50,7 @@ def image_grid(
         if labels is not None and len(labels) != count:
             raise ValueError(f"expected {count} {what} labels, got {len(labels)}")
 
-    cells = _cells([picture for row in rows for picture in row], cell_px)
+    cells = _cells([picture for row in rows for picture in row], None)
     cell_width, gap_px, font = cells[0].width, _gap(cells), _font(cells[0].width / 8)
     lines = _lines(cells, columns, gap_px)
     if column_labels is not None:
@@ -81,7 +78,9 @@ def labelled_blocks(
 ) -> Image.Image:
     """Sections one above the other, `columns` pictures to a line; cells have one size throughout.
 
-    `title`, `cell_px` and None for a picture are as in `image_grid`; captions stand below their pictures, wrapped.
+    `title` and None for a picture are as in `image_grid`; captions stand below their pictures, wrapped. cell_px:
+    longest side of a picture on the sheet; None takes that of the largest picture, at least 160 px (a whole multiple
+    of smaller pictures) and at most 256 px otherwise.
 
     Raises:
         ValueError: no pictures in any block, no columns, or more or fewer captions than pictures in a block.
