@@ -57,32 +57,15 @@ def run(settings: Settings) -> None:
     """
     accelerator = make_accelerator()
     on_main(accelerator, lambda: check_outputs(settings.overwrite, json=settings.json))
-    result = measure_drift(
-        settings.adapter,
-        settings.prompts,
-        settings.seeds,
-        settings.pretrained_model_name_or_path,
-        settings.clip_model_name_or_path,
-        settings.base_config,
-    )
+    result = measure_drift(settings, accelerator)
     accelerator.print(drift_text(result))
     if settings.json:
         on_main(accelerator, lambda: write_json(settings.json, result))
     accelerator.end_training()
 
 
-def measure_drift(
-    adapter: str, prompts_file: str, seeds: str, base: str | None, clip: str, base_config: str | None = None
-) -> dict[str, Any]:
+def measure_drift(settings: Settings, accelerator) -> dict[str, Any]:
     """Draws unrelated prompts without and with an adapter, and measures how far apart the images are.
-
-    Args:
-        adapter: a folder, one .safetensors file, or a hub id.
-        prompts_file: one prompt per line.
-        seeds: such as "0-3".
-        base: what it is loaded into; None takes the base that the adapter's header names.
-        clip: what compares: "pocket:clip", a folder or a hub id.
-        base_config: of a base in one file.
 
     Returns:
         `drift`, the mean of (1 − cosine)/2 over all pairs of pictures, 0 if the adapter changes none; `per_prompt`,
@@ -92,12 +75,12 @@ def measure_drift(
     Raises:
         UserError: a file, the seeds, the adapter, its base or the CLIP cannot be used.
     """
-    prompts, numbers = list(dict.fromkeys(load_prompts(prompts_file))), parse_seeds(seeds)
+    adapter, base, base_config = settings.adapter, settings.pretrained_model_name_or_path, settings.base_config
+    prompts, numbers = list(dict.fromkeys(load_prompts(settings.prompts))), parse_seeds(settings.seeds)
     artefact = open_adapter(adapter, base, base_config)
     header = parse_header(adapter, artefact.about)
     base, sampling = find_base(base, adapter, header), header.sampling
-    accelerator = make_accelerator()
-    features = ClipFeatures(clip, accelerator.device)
+    features = ClipFeatures(settings.clip_model_name_or_path, accelerator.device)
     pipe = open_base(base, base_config=find_base_config(base_config, adapter, base), device=accelerator.device)
     check_drawn_size(pipe, sampling.resolution)
     load_adapter(pipe, artefact)
@@ -110,8 +93,8 @@ def measure_drift(
         "adapter": adapter,
         "adapter_digest": artefact.digest(),
         "base": public_name(base),
-        "clip": clip,
-        "prompts_file": prompts_file,
+        "clip": settings.clip_model_name_or_path,
+        "prompts_file": settings.prompts,
         "seeds": numbers,
         "sampling": asdict(sampling),
     }

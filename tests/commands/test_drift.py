@@ -8,10 +8,11 @@ import torch
 
 from sd_atoms import AtomsConfig, save_atoms
 from sd_atoms.cli import main
-from sd_atoms.commands.drift import drift_by_prompt, drift_text, measure_drift
+from sd_atoms.commands.drift import Settings, drift_by_prompt, drift_text, measure_drift
 from sd_atoms.data.prompts import load_prompts
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
+from sd_atoms.machine import make_accelerator
 from sd_atoms.pipeline.sampling import Sampling
 from sd_atoms.tuner import AtomsLayer
 
@@ -38,7 +39,9 @@ def prompts(tmp_path):
 
 
 def test_an_adapter_that_changes_nothing_does_not_drift(pipe, prompts, tmp_path):
-    result = measure_drift(adapter(pipe, tmp_path / "a.safetensors", 0.0), prompts, "0-1", None, "pocket:clip")
+    source = adapter(pipe, tmp_path / "a.safetensors", 0.0)
+    asked = Settings(adapter=source, prompts=prompts, seeds="0-1", clip_model_name_or_path="pocket:clip")
+    result = measure_drift(asked, make_accelerator())
     assert 0 <= result["drift"] < 1e-6
     assert all(0 <= value < 1e-6 for value in result["per_prompt"].values())
     assert list(result["per_prompt"]) == ["A church under a starry night sky.", "A barn in the snow."]
@@ -70,7 +73,8 @@ def test_the_command_says_how_far_a_strong_one_drifts(pipe, prompts, tmp_path, c
 def test_a_prompt_of_two_lines_counts_once(pipe, tmp_path):
     (tmp_path / "prompts.txt").write_text("A barn\nA barn\n")
     source = adapter(pipe, tmp_path / "a.safetensors", 0.1)
-    result = measure_drift(source, str(tmp_path / "prompts.txt"), "0", None, "pocket:clip")
+    words = dict(prompts=str(tmp_path / "prompts.txt"), seeds="0", clip_model_name_or_path="pocket:clip")
+    result = measure_drift(Settings(adapter=source, **words), make_accelerator())
     assert result["per_prompt"] == {"A barn": result["drift"]}
 
 
