@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from sd_atoms.errors import UserError
 from sd_atoms.files import replacing, write_json, write_text
-from sd_atoms.jobs.queue import Job, QueueSettings, failure_of, lock_of, run_jobs, status_text
+from sd_atoms.jobs.queue import Job, QueueSettings, failure_of, locked_job, run_jobs, status_text
 from sd_atoms.report.sweep import SCORE_FORMULA, Entry, harmonic_mean, in_order, show, sweep_figure, sweep_markdown
 from sd_atoms.settings import add_flags, coerced, fields_of, flat, replaced, resolve, to_yaml
 from sd_atoms.training.config import TrainConfig
@@ -216,18 +215,8 @@ def job_of(point: Point) -> Job:
     """A point as a process of its own, which goes on from its checkpoint if it has one."""
     run = Path(point.config.output.output_dir)
     again = ["--overwrite"] if point.config.output.overwrite else ["--resume_from_checkpoint", "latest"]
-    lock = str(lock_of(run.parent / QUEUE, point.name))
-    words = [
-        sys.executable,
-        "-m",
-        "sd_atoms.jobs.locked",
-        lock,
-        "train",
-        "--config",
-        str(_settings_path(point)),
-        *again,
-    ]
-    return Job(point.name, run / METRICS, tuple(words))
+    words = ["train", "--config", str(_settings_path(point)), *again]
+    return locked_job(run.parent / QUEUE, point.name, run / METRICS, words)
 
 
 def entries_of(points: Sequence[Point], folder: Path) -> list[Entry]:

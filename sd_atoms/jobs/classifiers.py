@@ -12,7 +12,6 @@ seeds: 0-2
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from sd_atoms.data.prompts import parse_seeds
 from sd_atoms.data.vtab import PREFIX, Task, load_tasks
 from sd_atoms.errors import UserError
 from sd_atoms.files import safe_name
-from sd_atoms.jobs.queue import Job, lock_of
+from sd_atoms.jobs.queue import Job, locked_job
 from sd_atoms.report.classifier import ClassifierRow
 from sd_atoms.report.rows import mean_of
 from sd_atoms.settings import plain_values, read_config, resolve, setting, unmet_needs
@@ -168,10 +167,8 @@ def jobs_of(folder: Path, runs: Sequence[ClassifierRun]) -> list[Job]:
         words = [f"--{name}={value}" for name, value in values.items() if not isinstance(value, bool)]
         words += [f"--{name}" for name, value in values.items() if value is True]
         words += [f"--no-{name}" for name, value in values.items() if value is False]
-        lock = str(lock_of(folder / QUEUE, run.name))
-        command = [sys.executable, "-m", "sd_atoms.jobs.locked", lock, "classify", "train", *words]
-        done = Path(run.config.output.output_dir) / METRICS
-        made.append(Job(run.name, done, (*command, "--resume_from_checkpoint=latest")))
+        words = ["classify", "train", *words, "--resume_from_checkpoint=latest"]
+        made.append(locked_job(folder / QUEUE, run.name, Path(run.config.output.output_dir) / METRICS, words))
     return made
 
 

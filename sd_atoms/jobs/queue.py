@@ -45,6 +45,12 @@ class Job:
     after: tuple[str, ...] = ()
 
 
+def locked_job(folder: Path, name: str, done: Path, words: Sequence[str]) -> Job:
+    """A job of the queue in `folder` that runs a command of `sd-atoms` which takes no lock itself."""
+    command = (sys.executable, "-m", "sd_atoms.jobs.locked", str(lock_of(folder, name)), *words)
+    return Job(name, done, command)
+
+
 @dataclass(frozen=True)
 class QueueSettings:
     """How a queue is worked through."""

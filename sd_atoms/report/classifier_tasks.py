@@ -22,7 +22,7 @@ def group_means(
         of: whose accuracy, test or train.
     """
     found: dict[str, dict[str, float | None]] = {}
-    for method in methods_of(by_task):
+    for method in dict.fromkeys(row.method for rows in by_task.values() for row in rows):
         accuracy = {
             name: getattr(row, of)[0] for name, rows in by_task.items() for row in rows if row.method == method
         }
@@ -96,8 +96,3 @@ def tasks_csv(by_task: Mapping[str, Sequence[ClassifierRow]]) -> str:
         for row in rows
     ]
     return csv_text(header, cells)
-
-
-def methods_of(by_task: Mapping[str, Sequence[ClassifierRow]]) -> list[str]:
-    """All methods, in the order of their first row."""
-    return list(dict.fromkeys(row.method for rows in by_task.values() for row in rows))
