@@ -157,6 +157,7 @@ def test_images_are_read_once_for_the_maps_of_all(draw, monkeypatch):
     [
         (["--block=1", "--layer=resnet.embedder"], "block: 1: layer 'resnet.embedder' is in its place"),
         (["--layer="], "layer: '': the network has none of that name"),
+        (["--classifiers=,"], "classifiers: ',': one or more are needed"),
     ],
 )
 def test_a_place_that_is_two_or_none_is_refused(draw, capsys, tmp_path, words, message):

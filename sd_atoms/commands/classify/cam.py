@@ -53,6 +53,8 @@ def run(settings: Settings) -> None:
         raise UserError(f"block: {settings.block}: layer {settings.layer!r} is in its place; one of them is allowed")
     check_outputs(settings.overwrite, out=settings.out, json=settings.json)
     places = [word.strip() for word in settings.classifiers.split(",") if word.strip()]
+    if not places:
+        raise UserError(f"classifiers: {settings.classifiers!r}: one or more are needed, with commas between")
     models = [word.strip() for word in settings.model.split(",")] if settings.model else [None]
     models = models * len(places) if len(models) == 1 else models
     if len(models) != len(places):
