@@ -67,6 +67,8 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     groups = _listed("metrics", settings.metrics, MORE_GROUPS)
     names = [name.strip() for name in settings.networks.split(",") if name.strip()]
+    if not names:
+        raise UserError("networks: one or more are needed")
     word = _replacement(settings.replace)
     accelerator = make_accelerator()
     on_main(accelerator, lambda: check_outputs(settings.overwrite, json=settings.json))

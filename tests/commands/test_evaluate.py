@@ -144,6 +144,7 @@ def test_the_network_with_imagenet_weights_knows_a_palace_and_a_daisy():
         (["{}/made", "--metrics", "fid,beauty"], "metrics: 'beauty': of subject"),
         (["{}/made", "--replace", "castle"], "replace: 'castle': NEW=KNOWN is allowed"),
         (["{}/made", "--networks", "nobody/nothing"], "nobody/nothing"),
+        (["{}/made", "--networks", ","], "networks: one or more are needed"),
         (["{}/bad"], "c.png: holds no picture"),
     ],
 )
