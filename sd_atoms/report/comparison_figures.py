@@ -1,7 +1,6 @@
 """Plots and grids of an experiment."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sd_atoms.report.grid import image_grid
-from sd_atoms.report.rows import Comparison, Row
+from sd_atoms.report.rows import Comparison, Row, picture_of
 
 MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "*": "★"}  # of concepts, and what a title calls them
 SMOOTHED = 0.05  # of a curve's length
@@ -96,7 +95,7 @@ def prompt_grid(comparison: Comparison, concept: str, numbers: Sequence[int]) ->
     columns = [(method, runs[0]) for method in comparison.methods if (runs := comparison.of(concept, method))]
     if not columns or not numbers:
         return None
-    rows = [[_picture(run, number) for _, run in columns] for number in numbers]
+    rows = [[picture_of(run, f"{number:02d}-0") for _, run in columns] for number in numbers]
     labels = [comparison.prompts[number].replace("{}", concept) for number in numbers]
     return image_grid(rows, labels, [method for method, _ in columns], title=f"{concept} on {comparison.base}")
 
@@ -105,14 +104,6 @@ def _colours(comparison: Comparison) -> dict[str, tuple]:
     """A colour for each method."""
     shades = colormaps["tab10" if len(comparison.methods) <= 10 else "tab20"]
     return {method: shades(number % shades.N) for number, method in enumerate(comparison.methods)}
-
-
-def _picture(run: Mapping, number: int) -> Image.Image | None:
-    path = Path(run["drawn"]) / f"{number:02d}-0.png"
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _point(row: Row, key: str) -> tuple[float, float | None, float | None] | None:

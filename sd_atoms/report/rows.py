@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sd_atoms.report.sweep import harmonic_mean
 
@@ -42,6 +44,15 @@ class Comparison:
         """The runs of a method on a concept, by seed."""
         found = [run for run in self.runs if (run["scores"]["concept"], run["scores"]["method"]) == (concept, method)]
         return sorted(found, key=lambda run: run["scores"]["seed"])
+
+
+def picture_of(run: Mapping[str, Any], name: str) -> Image.Image | None:
+    """A picture that a run drew; None where there is none of that name."""
+    path = Path(run["drawn"]) / f"{name}.png"
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from sd_atoms.files import replacing, safe_name, write_json, write_text
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.markdown import escaped, number_text, table
-from sd_atoms.report.rows import PRETRAINED, mean_of, mean_value
+from sd_atoms.report.rows import PRETRAINED, mean_of, mean_value, picture_of
 from sd_atoms.report.table import figures_csv
 
 # heading -> figure, whether lower is better
@@ -189,7 +189,7 @@ def set_figure(comparison: SetComparison, own: ImageSet) -> Image.Image | None:
     for method in comparison.methods:
         runs = comparison.of(own.name, method)
         if runs:
-            rows.append([_picture(runs[0], name) for name in own.shown])
+            rows.append([picture_of(runs[0], name) for name in own.shown])
             labels.append("base" if method == PRETRAINED else method)
     if len(rows) == 1:
         return None
@@ -251,14 +251,6 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, bool]]:
 
 def _figure_name(own: ImageSet) -> str:
     return f"figure-{safe_name(own.name)}.png"
-
-
-def _picture(run: Mapping[str, Any], name: str) -> Image.Image | None:
-    path = Path(run["drawn"]) / f"{name}.png"
-    if not name or not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
