@@ -194,15 +194,18 @@ def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: floa
         if not runs:
             continue
         pictures = sum(_picture_count(plan, run) for run in runs)
-        steps = 0 if stage == PRETRAINED else sum(plan.config(run).loop.max_train_steps or 0 for run in runs)
-        lines.append(f"{len(runs):>5} runs: {stage}; {steps:,} training steps, {pictures:,} pictures")
+        loops = [] if stage == PRETRAINED else [plan.config(run).loop for run in runs]
+        # how many steps num_train_epochs means only the photos tell
+        steps = None if any(loop.num_train_epochs for loop in loops) else sum(loop.max_train_steps for loop in loops)
+        length = "passes over the photos" if steps is None else f"{steps:,} training steps"
+        lines.append(f"{len(runs):>5} runs: {stage}; {length}, {pictures:,} pictures")
         done = [plan.run_folder(run) for run in runs if (plan.run_folder(run) / SCORES).exists()]
         if done:
             seconds = sum(read_scores(folder / SCORES)["seconds"] for folder in done) / len(done)
             size = sum(path.stat().st_size for folder in done for path in folder.rglob("*") if path.is_file())
             hours += seconds * len(runs) / 3600
             gigabytes += size / len(done) * len(runs) / 1e9
-        elif image_seconds is not None and (step_seconds is not None or not steps):
+        elif image_seconds is not None and (steps == 0 or None not in (step_seconds, steps)):
             hours += (steps * (step_seconds or 0) + pictures * image_seconds) / 3600
             unknown.append(f"disk of {stage}")
         else:

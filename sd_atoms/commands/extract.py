@@ -78,7 +78,8 @@ def run(settings: Settings) -> Path:
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name of a .safetensors file is needed")
     picture = out.with_suffix(".png")
-    check_outputs(settings.overwrite, out=settings.out, picture=str(picture))
+    for written in (out, picture):
+        check_outputs(settings.overwrite, out=str(written))
     base = settings.pretrained_model_name_or_path
     if is_model(source):
         if base is None:

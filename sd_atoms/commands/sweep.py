@@ -333,8 +333,11 @@ def _settings_path(point: Point) -> Path:
     return run.parent / QUEUE / f"{run.name}.yaml"
 
 
-def _seconds_of(job: Job) -> float:
-    return json.loads(job.done.read_text(encoding="utf-8"))["training"]["seconds"]
+def _seconds_of(job: Job) -> float | None:
+    try:
+        return json.loads(job.done.read_text(encoding="utf-8"))["training"]["seconds"]
+    except (ValueError, KeyError, TypeError):
+        return None  # the table refuses such a file
 
 
 def _step_of(job: Job) -> str:

@@ -218,12 +218,12 @@ def run_on_ray(
         ray.init(address=settings.ray_address, log_to_driver=False, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"ray_address: {settings.ray_address}: {' '.join(str(error).split())[:300]}") from error
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(own.get("CPU", 0) >= settings.cpus and own.get("GPU", 0) >= settings.gpus for own in nodes):
-        raise UserError(f"executor=ray: no node has cpus={settings.cpus} and gpus={settings.gpus:g}")
-    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=-1)(_run_job)
     failed, tasks = {}, {}
     try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(own.get("CPU", 0) >= settings.cpus and own.get("GPU", 0) >= settings.gpus for own in nodes):
+            raise UserError(f"executor=ray: no node has cpus={settings.cpus} and gpus={settings.gpus:g}")
+        task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=-1)(_run_job)
         for job in jobs:
             if not job.done.exists():
                 forget_failure(folder, job.name)

@@ -42,7 +42,10 @@ def selection_score(plan: Plan, run: Run) -> float | None:
     fidelity, text = judges(plan, networks)
     if text is None:
         return None
-    figures = networks[fidelity]["figures"]["image"], networks[text]["figures"]["text"]
+    try:
+        figures = networks[fidelity]["figures"]["image"], networks[text]["figures"]["text"]
+    except KeyError as error:
+        raise UserError(f"{path}: was scored by other networks or metrics; remove it to score the run anew") from error
     return selection(*(figure["value"] for figure in figures))
 
 
@@ -166,6 +169,8 @@ def collected(plan: Plan) -> list[dict[str, Any]]:
         folder = plan.run_folder(run)
         entry = {"scores": read_scores(folder / SCORES), "folder": folder, "drawn": folder / DRAWN}
         if run.stage != PRETRAINED:
+            if not (folder / METRICS).exists():
+                raise UserError(f"{folder / METRICS}: is gone; remove {SCORES} beside it to finish the run anew")
             entry |= {
                 "training": _read(folder / METRICS)["training"],
                 "environment": _read(folder / "env.json"),

@@ -57,9 +57,11 @@ def picked(cells: Sequence[Cell]) -> Choice | None:
     """The cell of the highest score, and the others that so few pictures do not tell from it, the higher first.
 
     Of equal ones the gentlest: the smaller strength, then the earlier step. A cell is told apart where at least 97.5 %
-    of DRAWS draws of the pictures, the same for both cells, leave it behind. None where cells have no score.
+    of DRAWS draws of the pictures, the same for both cells, leave it behind. None where cells have no score. At
+    strength 0 there is no adapter to pick.
     """
-    if any(cell.score is None for cell in cells):
+    cells = [cell for cell in cells if cell.strength]
+    if not cells or any(cell.score is None for cell in cells):
         return None
     best = min(cells, key=lambda cell: (-cell.score, cell.strength, cell.step))
     count = len(best.likeness)
@@ -116,6 +118,9 @@ def sheet_text(cells: Sequence[Cell], choice: Choice | None, run: str) -> str:
             f"Of {len(cells)} cells the scores would pick {cell.name}: its likeness {means['likeness']:.3f} and text "
             f"{means['text']:.3f} have the highest harmonic mean, {means['score']:.3f}."
         ]
+        without = max((own.score for own in cells if not own.strength), default=0)
+        if without > cell.score:
+            lines.append(f"Without the adapter, at strength 0, it is higher: {without:.3f}.")
         if alike:
             names = ", ".join(f"{other.name} ({other.score:.3f})" for other in alike[:SHOWN])
             more = f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""

@@ -20,13 +20,13 @@ from tiny import write_photos, write_tiny_base
 from torch.nn import functional as F
 
 from sd_atoms.cli import main
-from sd_atoms.commands.compare import comparison_of, do_run
+from sd_atoms.commands.compare import comparison_of, do_run, plan_text
 from sd_atoms.commands.experiment import check_runs, step_of
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
 from sd_atoms.jobs.queue import Job, held, note_failure
-from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, merge_from, selection_score
+from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, collected, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
 from sd_atoms.report.rows import mean_of, paired, rows_of
 
@@ -222,6 +222,21 @@ def test_a_rate_is_not_chosen_before_all_that_choose_it_have_ended(compared, tmp
     check_rates_settled(other, run)  # one that failed is no longer waited for
 
 
+def test_what_is_gone_of_a_finished_run_is_named(compared, tmp_path):
+    plan, _ = compared
+    other = read_plan(str(plan.folder.parent / "e.yaml"), {"output_dir": str(tmp_path / "out"), "text": "pocket:clip"})
+    shutil.copytree(plan.folder / "runs", other.folder / "runs")
+    rate = other.named("rates/castle/atoms/0.3/seed-100")
+    scores = json.loads((other.run_folder(rate) / SCORES).read_text())
+    (other.run_folder(rate) / SCORES).write_text(json.dumps(scores | {"networks": {}}))
+    with pytest.raises(UserError, match="seed-100/scores.json: was scored by other networks or metrics; remove it"):
+        selection_score(other, rate)
+    shutil.copy(plan.run_folder(rate) / SCORES, other.run_folder(rate))
+    (other.run_folder(other.named("castle/atoms/seed-0")) / "metrics.json").unlink()
+    with pytest.raises(UserError, match="metrics.json: is gone; remove scores.json beside it to finish the run anew"):
+        collected(other)
+
+
 def test_runs_of_another_machine_are_merged_unless_they_were_scored_otherwise(compared, tmp_path):
     plan, _ = compared
     elsewhere = read_plan(experiment(plan.folder.parent), {"output_dir": str(tmp_path / "here")})
@@ -281,6 +296,11 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
     assert main([*elsewhere, "--step_seconds", "900", "--image_seconds", "0"]) == 0
     steps = sum(2 for run in plan.runs if run.stage != "pretrained")
     assert f"about {steps / 4:.1f} hours" in capsys.readouterr().out
+    new = read_plan(path, {"output_dir": str(plan.folder.parent / "new")})
+    passes = tuple(replace(own, values={**own.values, "num_train_epochs": 1}) for own in new.runs)
+    text = plan_text(replace(new, runs=passes), 900, 0)
+    assert "2 runs: scored; passes over the photos" in text
+    assert "hours and disk of scored" in text
     assert main(["compare", path, "--step_seconds", "900"]) == 2
     assert "dry_run" in capsys.readouterr().err
     assert main(["compare", path, "--status"]) == 0

@@ -66,7 +66,7 @@ def test_a_sheet_has_a_row_for_each_step_and_a_column_for_each_strength(run, tmp
     numbers = json.loads((out / "sheet.json").read_text())
     cells = {(cell["step"], cell["strength"]): cell for cell in numbers["cells"]}
     assert list(cells) == [(2, 0.0), (2, 0.5), (2, 1.0), (4, 0.0), (4, 0.5), (4, 1.0)]
-    best = max(cells.values(), key=lambda cell: cell["score"])
+    best = max((cell for cell in cells.values() if cell["strength"]), key=lambda cell: cell["score"])
     assert cells[numbers["picked"]["step"], numbers["picked"]["strength"]]["score"] == best["score"]
     assert f"would pick step {numbers['picked']['step']} at strength {numbers['picked']['strength']:g}" in told
     assert f"sd-atoms pick {run} --step {numbers['picked']['step']}" in told
@@ -161,6 +161,11 @@ def test_the_highest_harmonic_mean_is_picked_and_ties_go_to_the_gentlest():
     weak = Cell(100, 0.6, [0.3] * 4, [0.7] * 4)
     assert picked([alike, same_score, weak, best]) == (best, [same_score])
     assert picked([best, Cell(1, 1.0, [0.5], None)]) is None
+    base = Cell(200, 0.0, [0.9] * 4, [0.9] * 4)  # without an adapter; `pick` could not write it
+    assert picked([base, weak]) == (weak, [])
+    assert "Without the adapter, at strength 0, it is higher: 0.900." in sheet_text([base, weak], (weak, []), "run")
+    assert "Without" not in sheet_text([weak], (weak, []), "run")
+    assert picked([base]) is None
 
 
 def test_cells_that_few_pictures_do_not_tell_apart_are_said():

@@ -196,6 +196,12 @@ def test_status_tells_how_far_a_sweep_is(swept, capsys):
     text = capsys.readouterr().out
     assert "2 done" in text
     assert "1 waiting" in text
+    metrics = swept / "learning_rate=0.01" / "metrics.json"
+    kept = metrics.read_text()
+    metrics.write_text("{}")
+    assert main([*words, "--status"]) == 0
+    assert "2 done" in capsys.readouterr().out
+    metrics.write_text(kept)
 
 
 def test_all_mistakes_in_what_is_varied_are_said_at_once(capsys, tmp_path):

@@ -130,3 +130,9 @@ def test_a_change_outside_of_the_target_is_reported(tmp_path, capsys):
     assert "only convolutions and Linear layers of the UNet" in said.err
     assert run(file, "--base", tiny_base(), "--out", out, "--target", "conv+linear", "--kc", "4", "--force") == 0
     assert read_artefact(out).layers == [LINEAR]
+
+
+def test_a_picture_in_the_way_is_named_by_the_flag_that_places_it(tmp_path, capsys):
+    (tmp_path / "atoms.png").touch()
+    assert run(tmp_path / "none.safetensors", "--out", tmp_path / "atoms.safetensors") == 2
+    assert f"--out {tmp_path / 'atoms.png'}: exists; pass --overwrite" in capsys.readouterr().err

@@ -63,14 +63,16 @@ def run(settings: Settings) -> None:
     records = some_of(found.test, settings.images, f"{settings.tested.seed or 0}/cam")
     names = [found.class_names[record.label] for record in records]
     shown = range(min(settings.shown, len(records)))
+    accelerator = make_accelerator()
+    if not accelerator.is_main_process:  # a few dozen images are no work to share
+        return
     images = list(followed(read_ahead(ImageRecord.read, records), len(records), "Reading", "image"))
-    device = make_accelerator().device
     columns, told = [], []
     for place, model in zip(places, models, strict=True):
         classifier, file = load_classifier(place, model)
         labels = labels_among(records, found.class_names, file.class_names, place)
         layer = chosen_block(classifier, settings.block, settings.layer)
-        classifier.to(device)
+        classifier.to(accelerator.device)
         maps = maps_of(classifier, images, labels, layer)
         said = logits_of(classifier, records).argmax(1)
         size, empty = mean_figure(active_shares(maps), DRAWS, seed=0), int((maps.amax((1, 2)) == 0).sum())
