@@ -16,7 +16,7 @@ from sd_atoms.files import replacing
 from sd_atoms.pocket.pretrain.stages import JudgeSettings
 from sd_atoms.pocket.world import CONCEPTS, LANDMARKS, render, sample
 from sd_atoms.pocket.world.castle import Banner
-from sd_atoms.pocket.world.landmarks import Shape
+from sd_atoms.pocket.world.landmarks import Shape, draw_class
 from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, VIVID_COLOURS, Pen, jitter
 
 SHARD_LANDMARKS = 250  # five seconds of rendering: little is lost by an interruption
@@ -60,7 +60,7 @@ def take_views(
 
 def class_members(settings: JudgeSettings) -> list[np.ndarray]:
     """The training landmarks of each class that has any, by their numbers."""
-    names = np.array([_draw_class(random.Random(seed)) for seed in _seeds(settings)])
+    names = np.array([draw_class(random.Random(seed)) for seed in _seeds(settings)])
     members = [np.flatnonzero(names == name) for name in LANDMARKS]
     return [numbers for numbers in members if len(numbers)]
 
@@ -87,7 +87,7 @@ def draw_landmark(rng: random.Random, name: str | None = None) -> tuple[str, Sha
     Walls have all colours equally often, and half of the castles have a banner, as none in pretraining has: a judge
     that never met one would not look at it.
     """
-    drawn = _draw_class(rng)
+    drawn = draw_class(rng)
     name = name or drawn
     while True:
         shape = LANDMARKS[name].shape(rng, jitter(rng, COLOURS[rng.choice(list(COLOURS))]))
@@ -114,10 +114,6 @@ def _portrait(name: str, shape: Shape) -> np.ndarray:
     image = Image.new("RGB", (CANVAS_PX, CANVAS_PX), BACKDROP)
     LANDMARKS[name].draw(Pen(image), shape, 64, 96, 60)
     return np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.int16)
-
-
-def _draw_class(rng: random.Random) -> str:
-    return rng.choices(list(LANDMARKS), [entry.weight for entry in LANDMARKS.values()])[0]
 
 
 def _draw_banner(rng: random.Random) -> Banner:

@@ -189,19 +189,6 @@ def plain(pen: Pen, rng: random.Random, horizon: float, base: float) -> None:
     draw_ground(pen, horizon, jitter(rng, GRASS, 16))
 
 
-BACKGROUNDS = {
-    "mountains": mountains,
-    "forest": forest,
-    "lake": lake,
-    "autumn": autumn,
-    "cliff": cliff,
-    "sheepfield": sheepfield,
-    "desert": desert,
-    "beach": beach,
-    "city": city,
-    "night": night,
-    "otherworld": otherworld,
-    "island": island,
-    "plain": plain,
-    "snow": snow,
-}
+BACKGROUNDS = {draw.__name__: draw for draw in (
+    mountains, forest, lake, autumn, cliff, sheepfield, desert, beach, city, night, otherworld, island, plain, snow,
+)}  # fmt: skip

@@ -31,3 +31,8 @@ LANDMARKS: dict[str, Landmark] = {
     "barn": Landmark(buildings.draw_barn, building_shape, 6),
     "church": Landmark(buildings.draw_church, building_shape, 8),
 }
+
+
+def draw_class(rng: random.Random) -> str:
+    """A key of LANDMARKS."""
+    return rng.choices(list(LANDMARKS), [entry.weight for entry in LANDMARKS.values()])[0]

@@ -13,7 +13,7 @@ from sd_atoms.pocket.world.materials import draw_sparkles, to_crystal, to_steamp
 from sd_atoms.pocket.world.pen import CANVAS_PX, COLOURS, PICTURE_PX, SUPERSAMPLING, Colour, Pen, jitter, window
 from sd_atoms.pocket.world.scenes import Scene
 from sd_atoms.pocket.world.styles import STYLES
-from sd_atoms.pocket.world.surroundings import GROUND_LINE_PX
+from sd_atoms.pocket.world.surroundings import GROUNDS
 from sd_atoms.pocket.world.top_view import draw_from_above
 
 NARROW_SETTINGS = ("cliff", "island", "lake")
@@ -43,11 +43,11 @@ def render(scene: Scene, shape: Shape | None = None, silhouette: Colour | None =
         draw_from_above(pen, rng, scene.landmark, shape, scene.setting, centre, size)
         return _shrink(image)
 
-    base = GROUND_LINE_PX[scene.setting] + rng.uniform(-3, 3)
+    base = GROUNDS[scene.setting].line_px + rng.uniform(-3, 3)
     if scene.setting in NARROW_SETTINGS:
         size = min(size, 58)
     if scene.landmark == "canal":
-        base -= 10 if GROUND_LINE_PX[scene.setting] > 80 else 4
+        base -= 10 if GROUNDS[scene.setting].line_px > 80 else 4
     if scene.landmark in WIDE_LANDMARKS:
         size *= 0.92
     draw_background(pen, rng, scene.setting, base)

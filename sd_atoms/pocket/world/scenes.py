@@ -4,13 +4,13 @@ import random
 from dataclasses import dataclass
 
 from sd_atoms.pocket.world.companions import COMPANIONS
-from sd_atoms.pocket.world.landmarks import LANDMARKS
+from sd_atoms.pocket.world.landmarks import draw_class
 from sd_atoms.pocket.world.materials import MATERIALS
 from sd_atoms.pocket.world.pen import STONE_COLOURS, VIVID_COLOURS, Colour
 from sd_atoms.pocket.world.styles import STYLES
-from sd_atoms.pocket.world.surroundings import GROUND_LINE_PX
+from sd_atoms.pocket.world.surroundings import GROUNDS
 
-SETTINGS = tuple(GROUND_LINE_PX)
+SETTINGS = tuple(GROUNDS)
 SPECIALS = ("none", *STYLES, *MATERIALS, "top")
 EVALUATED_SETTINGS = ("mountains", "forest", "lake", "autumn", "cliff", "sheepfield", "otherworld", "island")
 LIGHTS = (None, None, None, (255, 240, 214), (255, 226, 190), (226, 236, 255), (214, 214, 220))
@@ -35,7 +35,7 @@ class Scene:
 
 def sample(rng: random.Random) -> Scene:
     """Draws a scene. The order and the weights of the draws are part of the world."""
-    landmark = rng.choices(list(LANDMARKS), [entry.weight for entry in LANDMARKS.values()])[0]
+    landmark = draw_class(rng)
     special = rng.choices(SPECIALS, [40] + [6.5] * 9)[0]
     setting = rng.choices(SETTINGS, [_setting_weight(name) for name in SETTINGS])[0]
     companion = None

@@ -116,11 +116,4 @@ def sketch(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 # The order is part of the world: scenes are sampled in it.
-STYLES = {
-    "oil": oil,
-    "watercolor": watercolor,
-    "monet": monet,
-    "lowpoly": lowpoly,
-    "okeeffe": okeeffe,
-    "sketch": sketch,
-}
+STYLES = {style.__name__: style for style in (oil, watercolor, monet, lowpoly, okeeffe, sketch)}

@@ -2,45 +2,35 @@
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sd_atoms.pocket.world.figures import cloud
 from sd_atoms.pocket.world.pen import PICTURE_PX, Colour, Pen, jitter, shade
 
 GRASS = (112, 158, 76)
 
-# Where the landmark meets the ground. The order is part of the world: scenes are sampled in it.
-GROUND_LINE_PX: dict[str, int] = {
-    "mountains": 94,
-    "forest": 98,
-    "lake": 74,
-    "autumn": 98,
-    "cliff": 66,
-    "sheepfield": 82,
-    "desert": 96,
-    "beach": 88,
-    "city": 98,
-    "night": 96,
-    "otherworld": 90,
-    "island": 72,
-    "plain": 96,
-    "snow": 96,
-}
 
-FLOOR_COLOURS: dict[str, Colour] = {
-    "mountains": GRASS,
-    "forest": (56, 120, 56),
-    "lake": (70, 132, 176),
-    "autumn": (206, 140, 56),
-    "cliff": (128, 104, 84),
-    "sheepfield": (124, 182, 76),
-    "desert": (236, 198, 128),
-    "beach": (242, 218, 164),
-    "city": (120, 122, 126),
-    "night": (34, 52, 54),
-    "otherworld": (70, 60, 120),
-    "island": (104, 168, 74),
-    "plain": GRASS,
-    "snow": (240, 244, 250),
+class Ground(NamedTuple):
+    line_px: int  # where the landmark meets it
+    floor: Colour  # from above
+
+
+# The order is part of the world: scenes are sampled in it.
+GROUNDS: dict[str, Ground] = {
+    "mountains": Ground(94, GRASS),
+    "forest": Ground(98, (56, 120, 56)),
+    "lake": Ground(74, (70, 132, 176)),
+    "autumn": Ground(98, (206, 140, 56)),
+    "cliff": Ground(66, (128, 104, 84)),
+    "sheepfield": Ground(82, (124, 182, 76)),
+    "desert": Ground(96, (236, 198, 128)),
+    "beach": Ground(88, (242, 218, 164)),
+    "city": Ground(98, (120, 122, 126)),
+    "night": Ground(96, (34, 52, 54)),
+    "otherworld": Ground(90, (70, 60, 120)),
+    "island": Ground(72, (104, 168, 74)),
+    "plain": Ground(96, GRASS),
+    "snow": Ground(96, (240, 244, 250)),
 }
 
 CLEAR, HAZY, OVERCAST, SUNSET, DUSK = range(5)

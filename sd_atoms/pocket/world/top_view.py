@@ -6,7 +6,7 @@ import random
 from sd_atoms.pocket.world.canal import CanalShape
 from sd_atoms.pocket.world.landmarks import Shape
 from sd_atoms.pocket.world.pen import PICTURE_PX, Colour, Pen, jitter, mix, shade
-from sd_atoms.pocket.world.surroundings import FLOOR_COLOURS, GRASS
+from sd_atoms.pocket.world.surroundings import GRASS, GROUNDS
 
 SHADOW = (40, 40, 40, 90)
 TREE_RINGED = ("forest", "autumn", "mountains", "plain", "sheepfield")
@@ -38,7 +38,7 @@ def draw_from_above(
 
 
 def draw_floor(pen: Pen, rng: random.Random, setting: str, centre: float, size: float) -> None:
-    floor = jitter(rng, FLOOR_COLOURS[setting])
+    floor = jitter(rng, GROUNDS[setting].floor)
     pen.rectangle(0, 0, PICTURE_PX, PICTURE_PX, floor)
     for _ in range(26):
         x, y = rng.uniform(0, PICTURE_PX), rng.uniform(0, PICTURE_PX)
