@@ -8,25 +8,8 @@ from diffusers import UNet2DConditionModel
 from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_path
 
-SD_V1_4 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+# what is not said here is as diffusers has it by default, which is Stable Diffusion v1
+SD_V1_4 = {"sample_size": 64, "in_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768}
 
 SD_V2_1 = {
     **SD_V1_4,
