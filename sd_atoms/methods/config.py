@@ -5,6 +5,8 @@ from enum import Enum
 
 from peft import PeftConfig
 
+from sd_atoms.tuner.config import is_count
+
 
 class TunerType(str, Enum):
     """PEFT's own kinds are strings of such an enum, and its callers ask for their `value`."""
@@ -67,7 +69,7 @@ class RankConfig(TargetConfig):
 
     def problems(self):
         wrong = []
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not is_count(self.r, 1):
             wrong.append(f"r={self.r!r}: an integer from 1 on is allowed")
         if self.alpha is not None and (isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float))):
             wrong.append(f"alpha={self.alpha!r}: a number is allowed, or None for alpha = r")

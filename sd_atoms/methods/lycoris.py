@@ -15,6 +15,7 @@ from sd_atoms.atoms import mixing_dtype
 from sd_atoms.methods.config import RankConfig, TunerType
 from sd_atoms.methods.layer import DeltaLayer
 from sd_atoms.methods.model import TunedModel
+from sd_atoms.tuner.config import is_count
 from sd_atoms.tuner.plan import CONVOLUTIONS
 
 # What `lycoris.functional` takes, in its order, by the names in LyCORIS' files (there with lora_, hada_ or lokr_).
@@ -58,11 +59,7 @@ class LycorisConfig(RankConfig):
         wrong = super().problems()
         if self.algo not in PARTS:
             wrong.append(f"algo={self.algo!r}: one of {', '.join(PARTS)} is allowed")
-        if (
-            isinstance(self.factor, bool)
-            or not isinstance(self.factor, int)
-            or (self.factor < 1 and self.factor != -1)
-        ):
+        if self.factor != -1 and not is_count(self.factor, 1):
             wrong.append(f"factor={self.factor!r}: -1 or an integer from 1 on is allowed")
         if self.factor != -1 and self.algo in ("locon", "loha"):
             wrong.append(f"factor={self.factor!r}: {self.algo} has none, only lokr has")

@@ -14,6 +14,7 @@ from torch import nn
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import REFUSALS, one_line
 from sd_atoms.tuner import TARGET_SETS, named_targets
+from sd_atoms.tuner.config import is_count
 
 Target = str | Sequence[str] | None
 KINDS = ("atoms", "beta", "block", "lora", "bias", "norm", "scale", "row", "full")
@@ -164,7 +165,7 @@ def find_budget(
     Raises:
         UserError: the nearest count is beyond a factor of 1.5 of the budget, or the method has no size to choose.
     """
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+    if not is_count(budget, 1):
         raise UserError(f"budget={budget!r}: an integer from 1 on is allowed")
     empty, given, seen = skeleton(model), dict(settings or {}), {}
 

@@ -1,6 +1,7 @@
 """The methods that come with this package."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
@@ -13,6 +14,7 @@ from sd_atoms.methods.lycoris import LycorisConfig
 from sd_atoms.methods.method import Method, Target, resolved_target
 from sd_atoms.methods.selective import SelectiveConfig
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig
+from sd_atoms.tuner.config import is_count
 from sd_atoms.tuner.plan import CONVOLUTIONS
 from sd_atoms.tuner.shared import ERRORS_SHOWN, base_of
 
@@ -75,13 +77,15 @@ WRONG_LAYERS: dict[str, Callable[[nn.Module], str | None]] = {
 }
 
 
-def _rank_and_alpha(settings: Mapping[str, Any]) -> tuple[int, float]:
-    rank, alpha = settings.get("rank", DEFAULT_RANK), settings.get("alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+def _rank_alpha_factor(settings: Mapping[str, Any]) -> tuple[int, float, int]:
+    rank, alpha, factor = settings.get("rank", DEFAULT_RANK), settings.get("alpha"), settings.get("factor", -1)
+    if not is_count(rank, 1):
         raise ValueError(f"rank={rank!r}: an integer from 1 on is allowed")
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha <= 0):
         raise ValueError(f"alpha={alpha!r}: a number above 0 is allowed, or None for alpha = rank")
-    return rank, rank if alpha is None else alpha
+    if factor != -1 and not is_count(factor, 1):
+        raise ValueError(f"factor={factor!r}: -1 or an integer from 1 on is allowed")
+    return rank, rank if alpha is None else alpha, factor
 
 
 def _atoms(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
@@ -105,49 +109,12 @@ def _oft_size(number: int) -> dict[str, Any] | None:
     return {"block_size": 2**number} if number <= 6 else None
 
 
-def _lora(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
-    rank, alpha = _rank_and_alpha(settings)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=resolved_target(model, target))
-    return refuse_wrong_layers(model, config)
-
-
-def _loha(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
-    rank, alpha = _rank_and_alpha(settings)
-    config = LoHaConfig(r=rank, alpha=alpha, target_modules=resolved_target(model, target))
-    return refuse_wrong_layers(model, config)
-
-
-def _lokr(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
-    rank, alpha = _rank_and_alpha(settings)
-    factor = settings.get("factor", -1)
-    if isinstance(factor, bool) or not isinstance(factor, int) or (factor < 1 and factor != -1):
-        raise ValueError(f"factor={factor!r}: -1 or an integer from 1 on is allowed")
-    config = LoKrConfig(r=rank, alpha=alpha, decompose_factor=factor, target_modules=resolved_target(model, target))
-    return refuse_wrong_layers(model, config)
-
-
 def _oft(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
     block = settings.get("block_size", DEFAULT_OFT_BLOCK)
-    if isinstance(block, bool) or not isinstance(block, int) or block < 2:
+    if not is_count(block, 2):
         raise ValueError(f"block_size={block!r}: an integer from 2 on is allowed")
     config = OFTConfig(oft_block_size=block, target_modules=resolved_target(model, target))
     return refuse_wrong_layers(model, config)
-
-
-def _lora_conv(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
-    rank, alpha = _rank_and_alpha(settings)
-    return LoraConvConfig(r=rank, alpha=alpha, target_modules=resolved_target(model, target))
-
-
-def _lycoris(algo: str) -> Callable[[nn.Module, Mapping[str, Any], Target], PeftConfig]:
-    def build(model, settings, target):
-        rank, alpha = _rank_and_alpha(settings)
-        factor = settings.get("factor", -1)
-        return LycorisConfig(
-            algo=algo, r=rank, alpha=alpha, factor=factor, target_modules=resolved_target(model, target)
-        )
-
-    return build
 
 
 def _selective(kind: str) -> Callable[[nn.Module, Mapping[str, Any], Target], PeftConfig]:
@@ -175,12 +142,37 @@ def _always(kind: str) -> dict[str, Any]:
     return dict(kind=lambda name: kind, main_kinds=(kind,), rates={kind: RATES[kind]})
 
 
-def _ranked(*more_settings: str) -> dict[str, Any]:
-    return dict(settings=("rank", "alpha", *more_settings), size=_rank_size, **_always("lora"))
-
-
 WEIGHTS = ("lora", "diff", "checkpoint")  # of convolutions and Linear layers alone
 OWN_PARAMETERS = dict(default_target="all", exports=("diff", "checkpoint"), portable=False)
+
+
+def _low_rank(
+    name: str,
+    help_: str,
+    make: Callable[..., PeftConfig],
+    default_target: str = "conv3x3",
+    alpha_name: str = "alpha",
+    factor_name: str | None = None,
+) -> Method:
+    """A method of low rank; `make` makes its settings, in which alpha, and the factor if it has one, are so called."""
+
+    def build(model: nn.Module, settings: Mapping[str, Any], target: Target) -> PeftConfig:
+        rank, alpha, factor = _rank_alpha_factor(settings)
+        named = {alpha_name: alpha} | ({factor_name: factor} if factor_name else {})
+        config = make(r=rank, **named, target_modules=resolved_target(model, target))
+        return refuse_wrong_layers(model, config) if config.peft_type.value in WRONG_LAYERS else config
+
+    return Method(
+        name=name,
+        help=help_,
+        build=build,
+        settings=("rank", "alpha", "factor") if factor_name else ("rank", "alpha"),
+        default_target=default_target,
+        size=_rank_size,
+        exports=WEIGHTS,
+        **_always("lora"),
+    )
+
 
 METHODS = {
     method.name: method
@@ -197,45 +189,29 @@ METHODS = {
             size=_atoms_size,
             exports=("comfy", *WEIGHTS),
         ),
-        Method(
-            name="lora",
-            help="LoRA of PEFT, by default on the projections of the attention",
-            build=_lora,
+        _low_rank(
+            "lora",
+            "LoRA of PEFT, by default on the projections of the attention",
+            LoraConfig,
             default_target="attn",
-            exports=WEIGHTS,
-            **_ranked(),
+            alpha_name="lora_alpha",
         ),
-        Method(
-            name="locon",
-            help="LoRA of PEFT on the 3×3 convolutions: r filters, mixed by a 1×1 convolution",
-            build=_lora,
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked(),
+        _low_rank(
+            "locon",
+            "LoRA of PEFT on the 3×3 convolutions: r filters, mixed by a 1×1 convolution",
+            LoraConfig,
+            alpha_name="lora_alpha",
         ),
-        Method(
-            name="lora-conv",
-            help="LoRA as microsoft/LoRA has it for convolutions: B·A viewed as the filters",
-            build=_lora_conv,
-            default_target="conv3x3",
-            exports=WEIGHTS,  # as LoRA it has rank r·k²
-            **_ranked(),
+        # as LoRA it has rank r·k²
+        _low_rank(
+            "lora-conv", "LoRA as microsoft/LoRA has it for convolutions: B·A viewed as the filters", LoraConvConfig
         ),
-        Method(
-            name="loha",
-            help="LoHa of PEFT: the product, entry by entry, of two low-rank matrices",
-            build=_loha,
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked(),
-        ),
-        Method(
-            name="lokr",
-            help="LoKr of PEFT: a Kronecker product, one side of low rank",
-            build=_lokr,
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked("factor"),
+        _low_rank("loha", "LoHa of PEFT: the product, entry by entry, of two low-rank matrices", LoHaConfig),
+        _low_rank(
+            "lokr",
+            "LoKr of PEFT: a Kronecker product, one side of low rank",
+            LoKrConfig,
+            factor_name="decompose_factor",
         ),
         Method(
             name="oft",
@@ -248,29 +224,10 @@ METHODS = {
             linear=False,
             **_always("lora"),
         ),
-        Method(
-            name="lycoris-locon",
-            help="LoCon by LyCORIS' own maths",
-            build=_lycoris("locon"),
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked(),
-        ),
-        Method(
-            name="lycoris-loha",
-            help="LoHa by LyCORIS' own maths",
-            build=_lycoris("loha"),
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked(),
-        ),
-        Method(
-            name="lycoris-lokr",
-            help="LoKr by LyCORIS' own maths",
-            build=_lycoris("lokr"),
-            default_target="conv3x3",
-            exports=WEIGHTS,
-            **_ranked("factor"),
+        _low_rank("lycoris-locon", "LoCon by LyCORIS' own maths", partial(LycorisConfig, algo="locon")),
+        _low_rank("lycoris-loha", "LoHa by LyCORIS' own maths", partial(LycorisConfig, algo="loha")),
+        _low_rank(
+            "lycoris-lokr", "LoKr by LyCORIS' own maths", partial(LycorisConfig, algo="lokr"), factor_name="factor"
         ),
         Method(
             name="difffit",

@@ -112,7 +112,7 @@ class AtomsConfig(PeftConfig):
         wrong = [
             f"{name}={getattr(self, name)!r}: an integer from 0 on is allowed"
             for name in ("m", "m1", "kc", "m_c", "seed")
-            if not _is_count(getattr(self, name))
+            if not is_count(getattr(self, name))
         ]
         if not wrong and not self.m and not self.kc:
             wrong.append("m=0, kc=0: no atoms at all; m=0 needs block atoms (kc from 1 on)")
@@ -124,7 +124,7 @@ class AtomsConfig(PeftConfig):
         wrong += [
             f"m_pattern[{key!r}]={value!r}: an integer from 1 on is allowed"
             for key, value in self.m_pattern.items()
-            if not _is_count(value) or value < 1
+            if not is_count(value, 1)
         ]
         wrong += [
             f"scale_pattern[{key!r}]={value!r}: a number is allowed"
@@ -141,5 +141,6 @@ class AtomsConfig(PeftConfig):
                 setattr(self, name, sorted(value))  # a saved config must not depend on the order of a set
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether a value is an integer from `least` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
