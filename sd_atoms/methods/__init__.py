@@ -4,15 +4,15 @@ Importing this package makes PEFT know `SelectiveConfig`, `DiffFitConfig`, `Lora
 `ImportedConfig`.
 """
 
-from sd_atoms.methods.config import TunerType
 from sd_atoms.methods.difffit import DiffFitConfig, DiffFitModel
 from sd_atoms.methods.imported import ImportedConfig, ImportedModel
 from sd_atoms.methods.lora_conv import LoraConvConfig, LoraConvModel
 from sd_atoms.methods.lycoris import LycorisConfig, LycorisModel
 from sd_atoms.methods.method import KINDS, Method, Sized, find_budget
-from sd_atoms.methods.model import register_tuner
 from sd_atoms.methods.registry import all_methods, check_settings, from_peft_config, get_method
 from sd_atoms.methods.selective import SelectiveConfig, SelectiveModel
+from sd_atoms.tuner.base import register_tuner
+from sd_atoms.tuner.config import TunerType
 
 register_tuner(SelectiveConfig, SelectiveModel, TunerType.SELECTIVE.value)
 register_tuner(DiffFitConfig, DiffFitModel, TunerType.DIFFFIT.value)

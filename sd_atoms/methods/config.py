@@ -1,58 +1,8 @@
-"""What the settings of our small tuners have in common."""
+"""What the settings of low-rank tuners have in common."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
-from peft import PeftConfig
-
-from sd_atoms.tuner.config import is_count
-
-
-class TunerType(str, Enum):
-    """PEFT's own kinds are strings of such an enum, and its callers ask for their `value`."""
-
-    SELECTIVE = "SELECTIVE"
-    DIFFFIT = "DIFFFIT"
-    LORA_CONV = "LORA_CONV"
-    LYCORIS = "LYCORIS"
-    IMPORTED = "IMPORTED"
-
-
-@dataclass
-class TargetConfig(PeftConfig):
-    """Which layers are tuned.
-
-    Raises:
-        ValueError: a setting is out of range; the message lists every such setting.
-    """
-
-    target_modules: str | list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A named set (conv3x3, conv, conv+linear, attn, all-linear), a list of module names or endings, "
-            "or a regular expression."
-        },
-    )
-    exclude_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "Modules to leave out, as in `target_modules` (no named sets)."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save in full, such as a new classifier head."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        wrong = self.problems()
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, name, sorted(value))  # a saved config must not depend on the order of a set
-
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, one line each."""
-        return []
+from sd_atoms.tuner.config import TargetConfig, is_count
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.config import TargetConfig, TunerType
 from sd_atoms.methods.selective import SelectiveLayer, SelectiveModel, all_layers, check_parameters, is_norm
+from sd_atoms.tuner.config import TargetConfig, TunerType
 from sd_atoms.tuner.shared import base_of
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -23,6 +23,7 @@ class DiffFitConfig(TargetConfig):
         ValueError: a setting is out of range.
     """
 
+    tuner_type = TunerType.DIFFFIT
     target_modules: str | list[str] | None = field(
         default="all", metadata={"help": "all, or module names as PEFT writes them into a saved adapter."}
     )
@@ -37,10 +38,6 @@ class DiffFitConfig(TargetConfig):
             "scale vector for the whole of it, beside that of a projection."
         },
     )
-
-    def __post_init__(self):
-        self.peft_type = TunerType.DIFFFIT
-        super().__post_init__()
 
     def scales(self, name: str) -> list[str]:
         """Which scale vectors the layer of that name gets: `scale` of a projection, `block_scale` of a block's end."""

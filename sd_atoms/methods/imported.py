@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.config import TargetConfig, TunerType
 from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.methods.model import TunedModel
+from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.config import TargetConfig, TunerType
 
 PREFIX = "imported_"
 Parts = Mapping[str, torch.Tensor]
@@ -174,12 +174,12 @@ class ImportedConfig(TargetConfig):
         ValueError: `parts` is not such a table, or a part is unknown.
     """
 
+    tuner_type = TunerType.IMPORTED
     parts: dict[str, dict[str, list[int]]] = field(
         default_factory=dict, metadata={"help": "Module name -> part -> shape, as found in the file."}
     )
 
     def __post_init__(self):
-        self.peft_type = TunerType.IMPORTED
         self.target_modules = list(self.parts) if isinstance(self.parts, dict) else None
         super().__post_init__()
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.config import RankConfig, TunerType
+from sd_atoms.methods.config import RankConfig
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.methods.model import TunedModel
+from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.config import TunerType
 
 
 @dataclass
@@ -23,9 +24,7 @@ class LoraConvConfig(RankConfig):
         ValueError: a setting is out of range; the message lists every such setting.
     """
 
-    def __post_init__(self):
-        self.peft_type = TunerType.LORA_CONV
-        super().__post_init__()
+    tuner_type = TunerType.LORA_CONV
 
 
 class LoraConvLayer(DeltaLayer):

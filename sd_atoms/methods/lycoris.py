@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.config import RankConfig, TunerType
+from sd_atoms.methods.config import RankConfig
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.methods.model import TunedModel
-from sd_atoms.tuner.config import is_count
+from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.config import TunerType, is_count
 from sd_atoms.tuner.plan import CONVOLUTIONS
 
 # What `lycoris.functional` takes, in its order, by the names in LyCORIS' files (there with lora_, hada_ or lokr_).
@@ -36,6 +36,7 @@ class LycorisConfig(RankConfig):
         ValueError: a setting is out of range; the message lists every such setting.
     """
 
+    tuner_type = TunerType.LYCORIS
     algo: str = field(
         default="locon",
         metadata={
@@ -50,10 +51,6 @@ class LycorisConfig(RankConfig):
             "Larger means fewer numbers."
         },
     )
-
-    def __post_init__(self):
-        self.peft_type = TunerType.LYCORIS
-        super().__post_init__()
 
     def problems(self):
         wrong = super().problems()

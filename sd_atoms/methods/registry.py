@@ -11,10 +11,9 @@ from peft import PeftConfig
 
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import one_line
-from sd_atoms.methods.config import TunerType
 from sd_atoms.methods.method import Method, resolved_target
 from sd_atoms.methods.table import METHODS, refuse_wrong_layers
-from sd_atoms.tuner.config import PEFT_TYPE as ATOMS_TYPE
+from sd_atoms.tuner.config import TunerType
 
 ENTRY_POINTS = "sd_atoms.methods"
 
@@ -97,7 +96,7 @@ def from_peft_config(path: str | Path) -> Method:
     kind = values.pop("peft_type", None) if isinstance(values, dict) else None
     if kind not in known:
         raise UserError(f"{path}: peft_type={kind!r}: one of {', '.join(known)} is allowed")
-    if kind == ATOMS_TYPE or kind in TunerType.__members__:
+    if kind in TunerType.__members__:
         raise UserError(f"{path}: peft_type={kind!r} has a method of its own; see --method")
     try:
         config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{**values, "inference_mode": False})

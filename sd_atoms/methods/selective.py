@@ -7,10 +7,10 @@ from peft import PeftConfig
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.config import TargetConfig, TunerType
 from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.methods.model import TunedModel
 from sd_atoms.tuner import named_targets
+from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.config import TargetConfig, TunerType
 from sd_atoms.tuner.shared import base_of
 
 KINDS = ("bias", "norm", "full")
@@ -24,6 +24,7 @@ class SelectiveConfig(TargetConfig):
         ValueError: a setting is out of range; the message lists every such setting.
     """
 
+    tuner_type = TunerType.SELECTIVE
     kind: str = field(
         default="full",
         metadata={"help": "What is trained: bias (every bias), norm (norm layers) or full (every parameter)."},
@@ -35,10 +36,6 @@ class SelectiveConfig(TargetConfig):
             "or endings, or a regular expression. Of a named set, layers without such parameters are left out."
         },
     )
-
-    def __post_init__(self):
-        self.peft_type = TunerType.SELECTIVE
-        super().__post_init__()
 
     def problems(self):
         return [] if self.kind in KINDS else [f"kind={self.kind!r}: one of {', '.join(KINDS)} is allowed"]

@@ -16,7 +16,7 @@ from sd_atoms.methods.selective import SelectiveConfig
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig
 from sd_atoms.tuner.config import is_count
 from sd_atoms.tuner.plan import CONVOLUTIONS
-from sd_atoms.tuner.shared import ERRORS_SHOWN, base_of
+from sd_atoms.tuner.shared import base_of, refuse_unfit
 
 DEFAULT_RANK = 4
 DEFAULT_OFT_BLOCK = 32  # PEFT's own
@@ -40,10 +40,7 @@ def refuse_wrong_layers(model: nn.Module, config: PeftConfig) -> PeftConfig:
     }
     if not found and config.target_modules:
         raise ValueError(f"target {config.target_modules!r} matches no layer; named sets are {', '.join(TARGET_SETS)}")
-    wrong = [f"{name} {reason(layer)}" for name, layer in found.items() if reason(layer)]
-    if wrong:
-        more = f" (and {len(wrong) - ERRORS_SHOWN} more)" if len(wrong) > ERRORS_SHOWN else ""
-        raise ValueError(f"target: {len(wrong)} layers do not fit: {'; '.join(wrong[:ERRORS_SHOWN])}{more}")
+    refuse_unfit("target", [f"{name} {reason(layer)}" for name, layer in found.items() if reason(layer)])
     return config
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from sd_atoms.atoms import taps
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.layer import AtomsLayer
-from sd_atoms.tuner.plan import layer_plan
 
 SHARED = ("solver", "kc", "block_layers")  # settings that the adapters of a sum must agree on
 
@@ -69,7 +68,7 @@ def add_weighted_adapter(
     )
     for name, layer in layers.items():
         trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        layer.update_layer(adapter_name, config, layer_plan(config, name, layer.get_base_layer()))
+        layer.update_layer(adapter_name, config, name)
         _fill(layer, weighted, adapter_name, by_tap)
         for parameter in trainable:
             parameter.requires_grad_()

@@ -1,27 +1,70 @@
-"""The settings of a filter-atom adapter."""
+"""The settings of a filter-atom adapter, and what those of our other tuners share with them."""
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from peft import PeftConfig
 
 from sd_atoms.atoms import FORMS
 
 PEFT_TYPE = "FILTER_ATOMS"
-
-
-class AtomsType(str, Enum):
-    """PEFT's own kinds are strings of such an enum, and its callers ask for their `value`."""
-
-    FILTER_ATOMS = PEFT_TYPE
-
-
 SOLVERS = ("svd", "sparse")
 BLOCK_LAYERS = ("pointwise", "all")
 
 
+class TunerType(str, Enum):
+    """PEFT's own kinds are strings of such an enum, and its callers ask for their `value`."""
+
+    FILTER_ATOMS = PEFT_TYPE
+    SELECTIVE = "SELECTIVE"
+    DIFFFIT = "DIFFFIT"
+    LORA_CONV = "LORA_CONV"
+    LYCORIS = "LYCORIS"
+    IMPORTED = "IMPORTED"
+
+
 @dataclass
-class AtomsConfig(PeftConfig):
+class TargetConfig(PeftConfig):
+    """Which layers are tuned: what the settings of our tuners have in common.
+
+    Raises:
+        ValueError: a setting is out of range; the message lists every such setting.
+    """
+
+    tuner_type: ClassVar[TunerType | None] = None
+    target_modules: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A named set (conv3x3, conv, conv+linear, attn, all-linear), a list of module names or endings, "
+            "or a regular expression."
+        },
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Modules to leave out, as in `target_modules` (no named sets)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full, such as a new classifier head."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = self.tuner_type or self.peft_type
+        wrong = self.problems()
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, sorted(value))  # a saved config must not depend on the order of a set
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one line each."""
+        return []
+
+
+@dataclass
+class AtomsConfig(TargetConfig):
     """Settings of a filter-atom adapter (arXiv 2403.00269, section 3).
 
     The modes of the paper: D is the default; (β, D1) is `m1=3`; D_c is `kc=4` (with `m=0, block_layers="all"` also
@@ -31,6 +74,7 @@ class AtomsConfig(PeftConfig):
         ValueError: a setting is out of range; the message lists every such setting.
     """
 
+    tuner_type = TunerType.FILTER_ATOMS
     m: int = field(
         default=9,  # 9 atoms of a 3×3 filter are exact, so the adapter can move every tap: 81 numbers a layer
         metadata={
@@ -69,13 +113,7 @@ class AtomsConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Of the sparse solver's sample and of β."})
     target_modules: str | list[str] | None = field(
         default="conv3x3",  # where 63 % of the weights of SD v1-4's UNet are
-        metadata={
-            "help": "A named set (conv3x3, conv, conv+linear, attn, all-linear), a list of module names or endings, "
-            "or a regular expression."
-        },
-    )
-    exclude_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "Modules to leave out, as in `target_modules` (no named sets)."}
+        metadata=TargetConfig.__dataclass_fields__["target_modules"].metadata,
     )
     m_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -96,9 +134,6 @@ class AtomsConfig(PeftConfig):
         default=True,
         metadata={"help": "Start without any change. False: with a random one, for tests."},
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save in full, such as a new classifier head."}
-    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Only the layers of these numbers, as in PEFT's other methods."}
     )
@@ -106,9 +141,7 @@ class AtomsConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list that layers_to_transform counts in."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = AtomsType.FILTER_ATOMS
+    def problems(self):
         wrong = [
             f"{name}={getattr(self, name)!r}: an integer from 0 on is allowed"
             for name in ("m", "m1", "kc", "m_c", "seed")
@@ -133,12 +166,7 @@ class AtomsConfig(PeftConfig):
         ]
         if self.layers_pattern and self.layers_to_transform is None:
             wrong.append("layers_pattern needs layers_to_transform")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, name, sorted(value))  # a saved config must not depend on the order of a set
+        return wrong
 
 
 def is_count(value: object, least: int = 0) -> bool:

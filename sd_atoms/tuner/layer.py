@@ -1,6 +1,7 @@
 """A convolution or Linear layer that carries atom adapters."""
 
 import warnings
+import zlib
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -27,7 +28,7 @@ from sd_atoms.atoms import (
 from sd_atoms.errors import UserError
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
-from sd_atoms.tuner.plan import LayerPlan, in_channels
+from sd_atoms.tuner.plan import LayerPlan, in_channels, layer_plan
 from sd_atoms.tuner.shared import Strengths, refuse_leaf_offload
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
@@ -57,9 +58,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         "delta_is_zero",
     )
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: AtomsConfig, plan: LayerPlan, seed: int = 0
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.atoms_delta = nn.ParameterDict()
@@ -81,22 +80,20 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, plan, seed)
 
-    def update_layer(self, adapter_name: str, config: AtomsConfig, plan: LayerPlan, seed: int = 0) -> None:
-        """Adds an adapter of that name, or starts it anew: atoms from the base weight, no change.
+    def update_layer(self, adapter_name: str, config: AtomsConfig, name: str) -> None:
+        """Adds an adapter, whose name is not taken: atoms from the base weight, no change.
 
         With `config.inference_mode` nothing is decomposed: the atoms are about to be loaded.
 
         Args:
             adapter_name: the adapter.
             config: its settings.
-            plan: what they mean for this layer.
-            seed: what this layer draws from, if it draws.
+            name: of this layer in its model.
         """
         self._cached = None
-        if adapter_name in self.plan:
-            self._forget(adapter_name)
+        plan = layer_plan(config, name, self.get_base_layer())
+        seed = zlib.crc32(f"{config.seed}:{name}".encode())  # layers of one shape do not share their β
         weight = self.base_weight
         filters = filters_of(weight.detach())
         new = dict(dtype=mixing_dtype(weight.dtype), device=weight.device)
@@ -126,12 +123,6 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         self.delta_is_zero[adapter_name] = config.init_weights
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _forget(self, adapter_name: str) -> None:
-        for name in self.adapter_layer_names + self.other_param_names:
-            entries = getattr(self, name)
-            if adapter_name in entries:
-                del entries[adapter_name]
 
     @staticmethod
     def _atoms(rows: torch.Tensor, shape: tuple[int, int], config: AtomsConfig, seed: int) -> nn.Parameter:

@@ -1,9 +1,8 @@
 """What filter atoms share with the other tuners of this package: strengths, and which layers are refused."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sd_atoms.errors import UserError
@@ -40,29 +39,19 @@ class Strengths:
                 self.scaling[name] = self.initial_scale(name) if scale is None else self.scaling[name] / scale
 
 
-def refuse_unfit_layers(tuner: BaseTuner, config: PeftConfig, check: Callable[[str, nn.Module], None]) -> None:
-    """Finds every target that the settings cannot take, before the model is touched.
+def refuse_unfit(setting: str, unfit: Sequence[str]) -> None:
+    """Refuses targets that cannot be taken.
 
     Args:
-        tuner: about to put its layers into its model.
-        config: the settings.
-        check: raises ValueError for the layer of that name, adapters around it included; without the name.
+        setting: what says that they are targets.
+        unfit: the name of each and why; none is silence.
 
     Raises:
-        ValueError: there are some; the message names the first of them.
+        ValueError: there are some; the message has the first of them.
     """
-    unfit = []
-    for name, module in tuner.model.named_modules():
-        # bool(): PEFT answers with a match, or with a falsy object for an excluded module
-        if "base_layer" in name.split(".") or not bool(tuner._check_target_module_exists(config, name)):
-            continue
-        try:
-            check(name, module)
-        except ValueError as error:
-            unfit.append(f"{name} {error}")
     if unfit:
         more = f" (and {len(unfit) - ERRORS_SHOWN} more)" if len(unfit) > ERRORS_SHOWN else ""
-        raise ValueError(f"target_modules: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}")
+        raise ValueError(f"{setting}: {len(unfit)} layers do not fit: {'; '.join(unfit[:ERRORS_SHOWN])}{more}")
 
 
 def refuse_leaf_offload(layer: nn.Module) -> None:

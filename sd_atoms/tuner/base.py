@@ -1,4 +1,4 @@
-"""Puts our small tuners into a model, and makes PEFT know them."""
+"""Puts our tuners into a model, and makes PEFT know them."""
 
 from typing import ClassVar
 
@@ -7,15 +7,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.tuner import TARGET_SETS, named_targets
-from sd_atoms.tuner.shared import base_of, refuse_unfit_layers
+from sd_atoms.tuner.shared import base_of, refuse_unfit
+from sd_atoms.tuner.targets import TARGET_SETS, named_targets
 
 
 class TunedModel(BaseTuner):
     """The common part of our tuners; a subclass names its layer and says which layers it takes."""
 
-    tuner_layer_cls: type[TunedLayer] = TunedLayer
+    tuner_layer_cls: type[BaseTunerLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # named sets stand in for per-architecture defaults
 
     def check_layer(self, config: PeftConfig, name: str, layer: nn.Module) -> None:
@@ -41,13 +40,18 @@ class TunedModel(BaseTuner):
         return peft_config
 
     def _refuse_unfit_layers(self, config: PeftConfig) -> None:
-        modules = dict(self.model.named_modules())
-
-        def check(name: str, module: nn.Module) -> None:
-            self._check_place(modules.get(name.rpartition(".")[0]), module)
-            self.check_layer(config, name, base_of(module))
-
-        refuse_unfit_layers(self, config, check)
+        """Finds every target that the settings cannot take, before the model is touched."""
+        modules, unfit = dict(self.model.named_modules()), []
+        for name, module in modules.items():
+            # bool(): PEFT answers with a match, or with a falsy object for an excluded module
+            if "base_layer" in name.split(".") or not bool(self._check_target_module_exists(config, name)):
+                continue
+            try:
+                self._check_place(modules.get(name.rpartition(".")[0]), module)
+                self.check_layer(config, name, base_of(module))
+            except ValueError as error:
+                unfit.append(f"{name} {error}")
+        refuse_unfit("target_modules", unfit)
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if isinstance(config.target_modules, set):  # PEFT shortens long lists to a set, whose order is no order
@@ -58,6 +62,9 @@ class TunedModel(BaseTuner):
             raise ValueError(f"carries an adapter of another kind ({type(module).__name__})")
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError("is read by its MultiheadAttention, which would pass the adapter over")
+
+    def _new_layer(self, target: nn.Module, adapter_name: str) -> BaseTunerLayer:
+        return self.tuner_layer_cls(target, adapter_name)
 
     def _create_and_replace(
         self,
@@ -75,7 +82,7 @@ class TunedModel(BaseTuner):
                     del getattr(target, part)[adapter_name]
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        layer = self.tuner_layer_cls(target, adapter_name)
+        layer = self._new_layer(target, adapter_name)
         layer.update_layer(adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
