@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -186,18 +186,12 @@ def _add_alphas(path: Path, layers: Mapping[str, dict], metadata: Mapping[str, s
         for place, modules in layers.items():
             own = {key.removeprefix(f"{place}."): v for key, v in said.items() if key.startswith(f"{place}.")}
             for module, parts in modules.items():
-                alpha = _alpha(own, module)
+                alpha = matching(own.get("alpha_pattern") or {}, module, own.get("lora_alpha"))
                 if alpha is not None and "lora_down" in parts and "alpha" not in parts:
                     rank = len(parts["lora_down"])
-                    parts["alpha"] = torch.tensor(alpha * (math.sqrt(rank) if own.get("use_rslora") else 1.0))
+                    parts["alpha"] = torch.tensor(float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: corrupt, lora_adapter_metadata in its header cannot be read ({error})") from error
-
-
-def _alpha(own: Mapping[str, Any], module: str) -> float | None:
-    alpha = matching(own.get("alpha_pattern") or {}, module)
-    alpha = own.get("lora_alpha") if alpha is None else alpha
-    return None if alpha is None else float(alpha)
 
 
 def shortened(names: list[str]) -> str:

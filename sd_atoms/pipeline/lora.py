@@ -51,9 +51,8 @@ def swap_lora(model: nn.Module, adapter: str, config: LoraConfig, state: Mapping
             divisor = _divisor(layer.r[adapter], layer.use_rslora[adapter])
             before = layer.lora_alpha[adapter] / divisor
             strength = layer.scaling[adapter] / before if before else 1.0  # as `set_adapters` has set it
-            alpha = matching(config.alpha_pattern, name)
-            alpha = config.lora_alpha if alpha is None else alpha
-            scaling = alpha / _divisor(_rank(config, name), config.use_rslora)
+            alpha = matching(config.alpha_pattern, name, config.lora_alpha)
+            scaling = alpha / _divisor(matching(config.rank_pattern, name, config.r), config.use_rslora)
             layer.lora_alpha[adapter] = scaling * divisor
             layer.scaling[adapter] = scaling * strength
         alphas[name] = layer.lora_alpha[adapter]
@@ -66,11 +65,6 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     }
-
-
-def _rank(config: LoraConfig, name: str) -> int:
-    rank = matching(config.rank_pattern, name)
-    return config.r if rank is None else rank
 
 
 def _divisor(rank: int, use_rslora: bool) -> float:

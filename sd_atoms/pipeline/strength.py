@@ -69,8 +69,7 @@ def _scaled(pattern: Mapping[str, float], state: State, strength: float) -> dict
         return {ALL: pattern.get(ALL, 1.0) * strength}
     found = {}
     for layer in dict.fromkeys(layer_and_part(key)[0] for key in state):
-        own = matching(pattern, layer)
-        found[re.escape(layer)] = (1.0 if own is None else own) * strength
+        found[re.escape(layer)] = matching(pattern, layer, 1.0) * strength
     return found
 
 

@@ -1,10 +1,10 @@
 """Which atoms a layer gets."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from sd_atoms.atoms import block_of
@@ -62,8 +62,7 @@ def layer_plan(config: AtomsConfig, name: str, layer: nn.Module) -> LayerPlan:
     k = taps_of(layer)
     blocks = config.kc > 0 and (k == 1 or config.block_layers == "all")
     spatial = not (blocks and k == 1) and (config.m > 0 or not blocks)
-    count = matching(config.m_pattern, name)
-    m = (config.m if count is None else count) if spatial else 0
+    m = matching(config.m_pattern, name, config.m) if spatial else 0
     if spatial and m == 0:
         raise ValueError('has no atoms with m=0: kc is for pointwise layers, unless block_layers="all"')
     if config.solver == "svd" and m > k:
@@ -73,18 +72,15 @@ def layer_plan(config: AtomsConfig, name: str, layer: nn.Module) -> LayerPlan:
     if blocks:
         block = block_of(config.kc, layer.weight, getattr(layer, "groups", 1))
         m_c = config.m_c or k
-        if not spatial and count is not None:
-            m_c = count
+        if not spatial:
+            m_c = matching(config.m_pattern, name, m_c)
         if config.solver == "svd" and m_c > k:
             raise ValueError(f"has filters of {k} taps, fewer than m_c={m_c}; m_pattern or solver='sparse' would fit")
         block_atoms = m_c * math.prod(block)
-    scale = matching(config.scale_pattern, name)
-    return LayerPlan(m, config.m1 if m else 0, block, block_atoms, 1.0 if scale is None else float(scale))
+    scale = float(matching(config.scale_pattern, name, 1.0))
+    return LayerPlan(m, config.m1 if m else 0, block, block_atoms, scale)
 
 
-def matching(pattern: Mapping[str, Any], name: str) -> Any | None:
+def matching(pattern: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
     """The value of the first key that the module's name is, ends with after a dot, or matches as an expression."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return None
+    return pattern.get(get_pattern_key(pattern, name), otherwise)
