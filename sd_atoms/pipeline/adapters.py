@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sd_atoms.errors import AtomsWarning, UserError
@@ -25,6 +24,7 @@ from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import AtomsLayer, check_swap, swap_adapter
+from sd_atoms.tuner.shared import base_of
 
 # peft_type -> how other numbers are checked and written over those of a loaded adapter, in place
 SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}
@@ -71,7 +71,7 @@ def save_adapter(
     about = dict(about or {})
     if config is not None:
         unet = network(pipe, "unet")
-        about["fingerprint"] = to_text(_fingerprint(base_weights(unet, touched_layers(unet, state))))
+        about["fingerprint"] = to_text(_fingerprint(unet, state))
     about["versions"] = {name: version(name) for name in LIBRARIES}
     text_config, text_state = _part(pipe, "text_encoder", adapter_name)
     rows = dict(tokens) if isinstance(tokens, Mapping) else placeholder_rows(pipe, list(tokens))
@@ -233,19 +233,13 @@ def _check_finite(artefact: Artefact, label: str) -> None:
         )
 
 
-def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
-    """layer -> its base weight, without adapters."""
-    modules = dict(model.named_modules())
-    return {name: base_weight(modules[name]) for name in layers}
-
-
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """The weight of a layer without its adapters, also while ours are merged."""
     if isinstance(layer, AtomsLayer):
         return layer.base_weight
     if isinstance(layer, TunedLayer):
         return layer.original("weight")
-    return (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
+    return base_of(layer).weight
 
 
 def _adapters(pipe, part: str) -> dict[str, PeftConfig]:
@@ -300,7 +294,7 @@ def base_distance(artefact: Artefact, unet: nn.Module) -> float | None:
         return None
     try:
         theirs = from_text(artefact.about["fingerprint"])
-        return distance(_fingerprint(base_weights(unet, touched_layers(unet, artefact.state))), theirs)
+        return distance(_fingerprint(unet, artefact.state), theirs)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{artefact.source}: corrupt, its fingerprint of the base cannot be read ({error})") from error
 
@@ -317,9 +311,9 @@ def _check_base(artefact: Artefact, unet: nn.Module) -> None:
     warnings.warn(f"{text}expect a weaker likeness", AtomsWarning, stacklevel=4)
 
 
-def _fingerprint(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """In the order of the names, so that folder and file agree."""
-    return fingerprint([weights[layer] for layer in sorted(weights)])
+def _fingerprint(unet: nn.Module, state: Iterable[str]) -> torch.Tensor:
+    """Of the layers of a state, in the order of their names, so that folder and file agree."""
+    return fingerprint(base_weight(unet.get_submodule(layer)) for layer in sorted(touched_layers(unet, state)))
 
 
 def _loaded(pipe) -> str:

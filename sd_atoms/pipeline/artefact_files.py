@@ -29,9 +29,9 @@ from sd_atoms.errors import UserError
 from sd_atoms.files import parse_json, replacing, write_json
 from sd_atoms.pipeline.artefact import TEXT, Artefact, by_layer
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, kept_settings, peft_config, plain_settings
+from sd_atoms.pipeline.fingerprint import from_text, to_text
 from sd_atoms.pipeline.foreign import BARE, is_bare, read_foreign
 from sd_atoms.pipeline.lora import LORA_KEYS
-from sd_atoms.pipeline.tokens import row_from_text, row_to_text
 from sd_atoms.sources import resolve_source
 from sd_atoms.tuner import AtomsConfig
 
@@ -190,7 +190,7 @@ def _read_file(path: Path) -> Artefact:
         raise UserError(f"{path}: corrupt, its header and its tensors do not fit ({error})") from error
     tokens = {key.removeprefix("token."): row for key, row in tensors.items() if key.startswith("token.")}
     try:
-        tokens |= {token: row_from_text(text) for token, text in about.get(ROWS, {}).items()}
+        tokens |= {token: from_text(text, (-1,)) for token, text in about.get(ROWS, {}).items()}
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: corrupt, the rows of its tokens cannot be read ({error})") from error
     if config is None and text_config is None and not tokens:
@@ -304,7 +304,7 @@ def _header(artefact: Artefact) -> dict[str, str]:
         config = None if artefact.config is None else kept_settings(artefact.config)
         value |= {"format": FORMAT, "method": artefact.method, "config": config}
     if isinstance(artefact.config, LoraConfig) and artefact.tokens:
-        value[ROWS] = {token: row_to_text(row) for token, row in artefact.tokens.items()}
+        value[ROWS] = {token: to_text(row) for token, row in artefact.tokens.items()}
     if artefact.text_config is not None:
         value[TEXT] = kept_settings(artefact.text_config) | {"target_modules": artefact.text_layers}
     entries = {HEADER: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}

@@ -26,6 +26,7 @@ TEXT_INPUTS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")  # layers that t
 NO_BASE = "no Stable Diffusion v1 or v2 has layers of these shapes"
 NAMED_BY = ("ss_base_model_version", "modelspec.architecture")
 ANY_SHAPE = ("diffusers", "sd_atoms")  # take other bases too
+INPUTS = ("lora_down", "diff", "lokr_w2", "lokr_w2_b", "hada_w1_b", "w_norm", "lora_mid", "hada_t1", "lokr_t2")
 RANKED = ("lora_down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
@@ -158,12 +159,7 @@ def _fits(parts: Mapping[str, tuple[int, ...]], layer: nn.Module | None) -> bool
 
 def _layers(layers: Mapping[tuple[str, str], Sequence[str]], shapes, entries) -> dict[str, dict[str, int]]:
     """Place -> type of layer -> how many, by the shape of the part that meets the input."""
-    inputs = {
-        (entry.place, entry.module): shapes[key]
-        for key, entry in entries.items()
-        if entry.part in ("lora_down", "diff", "lokr_w2", "lokr_w2_b", "hada_w1_b", "w_norm")
-        or (entry.part in ("lora_mid", "hada_t1", "lokr_t2"))
-    }
+    inputs = {(entry.place, entry.module): shapes[key] for key, entry in entries.items() if entry.part in INPUTS}
     found: dict[str, Counter] = {UNET: Counter(), TEXT: Counter()}
     for place, module in layers:
         shape = inputs.get((place, module), ())

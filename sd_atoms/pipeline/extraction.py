@@ -16,6 +16,7 @@ from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline.changes import Change
 from sd_atoms.pipeline.export import Layers
 from sd_atoms.tuner import AtomsLayer, named_targets
+from sd_atoms.tuner.shared import base_of
 from sd_atoms.tuner.targets import TARGET_SETS
 
 
@@ -94,8 +95,7 @@ def _kind(pipe, place: str, name: str, parameter: str) -> str:
     """What a reader would call the place of a change."""
     if place == TEXT:
         return "text encoder"
-    module = pipe.unet.get_submodule(name)
-    module = module.get_base_layer() if isinstance(module, AtomsLayer) else module
+    module = base_of(pipe.unet.get_submodule(name))
     if "Norm" in type(module).__name__:
         return "norm layers"
     if parameter == "bias":

@@ -37,13 +37,13 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def to_text(values: torch.Tensor) -> str:
-    """float32 (layers, 2) as base64, for a file's header."""
-    return base64.b64encode(values.float().contiguous().numpy().tobytes()).decode("ascii")
+    """Numbers as base64 of float32, for a file's header."""
+    return base64.b64encode(values.float().contiguous().cpu().numpy().tobytes()).decode("ascii")
 
 
-def from_text(text: str) -> torch.Tensor:
-    """The inverse of `to_text`."""
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32).view(-1, 2)
+def from_text(text: str, shape: tuple[int, ...] = (-1, 2)) -> torch.Tensor:
+    """The inverse of `to_text`, in that shape; raises ValueError or RuntimeError of anything else."""
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32).view(shape)
 
 
 def _of_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sd_atoms.errors import AtomsWarning, UserError
+from sd_atoms.errors import AtomsWarning, UserError, shortlist
 from sd_atoms.methods.imported import PREFIX, ImportedConfig, check_fit
 from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.pipeline.artefact import TEXT, Artefact, by_layer, layer_and_part
 from sd_atoms.pipeline.config import UNET
 from sd_atoms.pipeline.fingerprint import from_text, to_text
-from sd_atoms.pipeline.foreign import shortened
+from sd_atoms.pipeline.foreign import SHOWN
 from sd_atoms.tuner import AtomsConfig, layer_plan
 from sd_atoms.tuner.shared import base_of
 
@@ -52,7 +52,9 @@ def fitting(artefact: Artefact, unet: nn.Module | None, text_encoder: nn.Module 
     """
     label, notes = artefact.source, []
     if artefact.left_over:
-        notes.append(f"{len(artefact.left_over)} of its keys say nothing known ({shortened([*artefact.left_over])})")
+        notes.append(
+            f"{len(artefact.left_over)} of its keys say nothing known ({shortlist(artefact.left_over, SHOWN)})"
+        )
     if isinstance(artefact.config or artefact.text_config, ImportedConfig):
         artefact, note = _fitting_import(artefact, unet, text_encoder)
         notes += [note] * bool(note)
@@ -90,10 +92,10 @@ def _fitting_import(artefact: Artefact, unet, text_encoder) -> tuple[Artefact, s
             state = {key: value for key, value in state.items() if layer_and_part(key)[0] not in out}
         made += [config, state]
     if len(reasons) == count:
-        raise UserError(f"{artefact.source}: none of its {count} layers fits this base ({shortened(reasons)})")
+        raise UserError(f"{artefact.source}: none of its {count} layers fits this base ({shortlist(reasons, SHOWN)})")
     config, state, text_config, text_state = made
     artefact = replace(artefact, config=config, state=state, text_config=text_config, text_state=text_state)
-    text = f"{len(reasons)} of its {count} layers do not fit this base ({shortened(reasons)})"
+    text = f"{len(reasons)} of its {count} layers do not fit this base ({shortlist(reasons, SHOWN)})"
     return artefact, text if reasons else None
 
 
@@ -158,9 +160,8 @@ def _atoms_shapes(modules: Mapping[str, nn.Module], config: AtomsConfig, names: 
     """`adapter_shapes` of atoms in those layers, as far as they take them; fast, for hot-swaps."""
     expected = {}
     for name in names:
-        layer = modules.get(name)
+        layer = base_of(modules.get(name))
         try:
-            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
             shapes = layer_plan(config, name, layer).shapes(layer, config.train_beta)
         except ValueError:
             continue

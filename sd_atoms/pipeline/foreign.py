@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, shortlist
 from sd_atoms.files import parse_json
 from sd_atoms.formats.keys import ATOMS_B, ATOMS_BLOCK_B, TEXT, UNET, WORD, is_sdxl, layer_name, parse_keys
 from sd_atoms.formats.names import demangled
@@ -132,7 +132,7 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     if broken:
         raise UserError(
             f"{path}: {len(broken)} of its {len(tensors)} tensors hold numbers that are not finite "
-            f"({shortened(broken)})"
+            f"({shortlist(broken, SHOWN)})"
         )
 
 
@@ -192,8 +192,3 @@ def _add_alphas(path: Path, layers: Mapping[str, dict], metadata: Mapping[str, s
                     parts["alpha"] = torch.tensor(float(alpha) * (math.sqrt(rank) if own.get("use_rslora") else 1.0))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: corrupt, lora_adapter_metadata in its header cannot be read ({error})") from error
-
-
-def shortened(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

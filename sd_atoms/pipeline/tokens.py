@@ -1,6 +1,5 @@
 """Placeholder tokens such as <castle>: one new entry of the tokenizer and one new row of the text encoder."""
 
-import base64
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -125,13 +124,3 @@ def placeholder_rows(pipe, tokens: list[str]) -> dict[str, torch.Tensor]:
         return {}  # a pipeline without a text encoder will do
     weight = pipe.text_encoder.get_input_embeddings().weight.detach()
     return {token: weight[pipe.tokenizer.convert_tokens_to_ids(token)].float().cpu() for token in tokens}
-
-
-def row_to_text(row: torch.Tensor) -> str:
-    """An embedding row (d,) as base64 of float32, for a file's header."""
-    return base64.b64encode(row.float().contiguous().cpu().numpy().tobytes()).decode("ascii")
-
-
-def row_from_text(text: str) -> torch.Tensor:
-    """The inverse of `row_to_text`; raises ValueError or RuntimeError of anything else."""
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.float32).clone()
