@@ -20,6 +20,7 @@ from sd_atoms.sources import packaged_path, resolve_source
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
                 "scheduler/scheduler_config.json", "tokenizer")  # fmt: skip
+UNCHECKED = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -75,14 +76,7 @@ def open_base(
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise UserError(f"{name}: the weights in text_encoder/ lack {len(missing)} tensors ({missing[0]})")
-        pipe = StableDiffusionPipeline.from_pretrained(
-            source,
-            text_encoder=text_encoder,
-            **how,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(source, text_encoder=text_encoder, **how, **UNCHECKED)
     except UserError:
         raise
     except Exception as error:  # the libraries raise whatever they trip over in a broken file
@@ -145,9 +139,7 @@ def _open_file(name: str, path: Path, base_config: str | None, dtype: torch.dtyp
             config=source,
             torch_dtype=dtype,
             local_files_only=bool(source and os.path.isdir(source)),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **UNCHECKED,
         )
     except Exception as error:  # the libraries raise whatever they trip over
         if source and os.path.isdir(source):

@@ -129,8 +129,15 @@ def prompt_states(text_encoder, token_ids: torch.Tensor, cache: Path | None) -> 
         ids = token_ids[prompt]
         if cache is None:
             return _text_states(text_encoder, ids)
-        path = cache / "text" / f"{_hash(own, ids.numpy().tobytes())}.safetensors"
-        return _kept(path, lambda: {"states": _text_states(text_encoder, ids)})["states"]
+        content = b"".join(len(part).to_bytes(8, "big") + part for part in (own, ids.numpy().tobytes()))
+        path = cache / "text" / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        try:
+            return load_file(path)["states"]
+        except (OSError, SafetensorError):  # not there, or broken
+            states = _text_states(text_encoder, ids)
+            with replacing(path) as temporary:
+                save_file({"states": states.contiguous()}, temporary)
+            return states
 
     return state_of
 
@@ -140,21 +147,3 @@ def _text_states(text_encoder, ids: torch.Tensor) -> torch.Tensor:
     states = text_encoder(ids.unsqueeze(0).to(text_encoder.device))[0][0].cpu()
     check_finite(states, "the states of a prompt", "the text encoder of the base is broken")
     return states
-
-
-def _kept(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors in a file of the cache; made and written if it is not there or broken."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        tensors = {name: value.contiguous() for name, value in make().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary)
-        return tensors
-
-
-def _hash(*parts: bytes) -> str:
-    content = hashlib.sha256()
-    for part in parts:
-        content.update(len(part).to_bytes(8, "big") + part)
-    return content.hexdigest()

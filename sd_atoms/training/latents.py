@@ -135,14 +135,16 @@ class Shards(Sequence):
 def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, accelerator) -> Shards:
     keys = [_key(record, how) for record in records]
     # one look for all: a process that is late would see what another has written already, and share other work
-    there = on_main(accelerator, lambda: _seen(folder))
+    there = on_main(accelerator, lambda: {name for _, names in _intact(folder) for name in names})
     missing = list({key: record for key, record in zip(keys, records, strict=True) if key not in there}.items())
 
     def write(share: Sequence[tuple[str, ImageRecord]]) -> list[None]:
         pairs = _encoded(vae, [record for _, record in share], how)
         for start in range(0, len(share), SHARD_IMAGES):
             names = [key for key, _ in share[start : start + SHARD_IMAGES]]
-            tensors = {name: _whole(next(pairs)) for name in names}
+            tensors = {}
+            for name, (latents, mirrored) in zip(names, pairs, strict=False):
+                tensors[name] = torch.stack([*latents, *(mirrored or ())])
             content = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
             with replacing(folder / f"{content}.safetensors") as temporary:
                 save_file(tensors, temporary)
@@ -150,10 +152,6 @@ def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, a
 
     shared_work(write, missing, accelerator)
     return Shards(folder, keys, how.data.random_flip)
-
-
-def _seen(folder: Path) -> set[str]:
-    return {name for _, names in _intact(folder) for name in names}
 
 
 def _intact(folder: Path) -> Iterator[tuple[safe_open, list[str]]]:
@@ -178,11 +176,6 @@ def _encode(vae, image, name: str) -> Latents:
     check_finite(posterior.mean + posterior.std, f"the latents of {name}", "the autoencoder of the base is broken")
     scale = vae.config.scaling_factor
     return Latents(posterior.mean[0].float().cpu() * scale, posterior.std[0].float().cpu() * scale)
-
-
-def _whole(pair: Pair) -> torch.Tensor:
-    latents, mirrored = pair
-    return torch.stack([*latents, *(mirrored or ())])
 
 
 def _choices(how: Cropping) -> tuple:
