@@ -7,6 +7,7 @@ the same factors, not copied, and differ from them in the size of the shapes and
 import math
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE_PX = 64
@@ -30,11 +31,8 @@ class Factors(NamedTuple):
 
 def factors_of(number: int) -> Factors:
     """The factors of image number 0 to COUNT - 1, in the order of the published file: y runs fastest."""
-    found = []
-    for size in (PLACES, PLACES, ORIENTATIONS, SCALES, len(SHAPES)):
-        number, part = divmod(number, size)
-        found.append(part)
-    return Factors(*reversed(found))
+    sizes = (len(SHAPES), SCALES, ORIENTATIONS, PLACES, PLACES)
+    return Factors(*(int(part) for part in np.unravel_index(number, sizes)))
 
 
 def location_class(factors: Factors) -> int:
@@ -66,10 +64,6 @@ def draw_sprite(factors: Factors) -> Image.Image:
     return small.point(lambda value: 255 if value > 127 else 0).convert("RGB")
 
 
-def _circle(points: int = 72) -> list[float]:
-    return [2 * math.pi * number / points for number in range(points)]
-
-
 def _heart(turn: float) -> tuple[float, float]:
     """The usual heart curve, point down, inside the circle of radius 1."""
     y = 13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn)
@@ -77,8 +71,9 @@ def _heart(turn: float) -> tuple[float, float]:
 
 
 _HALF = math.sqrt(0.5)
+_TURNS = [2 * math.pi * number / 72 for number in range(72)]
 _OUTLINES = {
     "square": [(-_HALF, -_HALF), (_HALF, -_HALF), (_HALF, _HALF), (-_HALF, _HALF)],
-    "ellipse": [(math.cos(turn), math.sin(turn) / 2) for turn in _circle()],
-    "heart": [_heart(turn) for turn in _circle()],
+    "ellipse": [(math.cos(turn), math.sin(turn) / 2) for turn in _TURNS],
+    "heart": [_heart(turn) for turn in _TURNS],
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sd_atoms.data.images import file_content
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
 
@@ -64,12 +65,7 @@ def _is_packed(path: Path) -> bool:
 def _read(path: Path, start: int, size: int) -> bytes:
     if _is_packed(path):
         return _unpacked(path)[start : start + size]
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected an IDX file") from error
+    return file_content(path, start, size, expected="an IDX file")
 
 
 def _unpacked(path: Path) -> bytes:

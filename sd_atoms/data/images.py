@@ -233,6 +233,23 @@ def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     return to_unit(images) * 2 - 1
 
 
+def file_content(
+    path: str | os.PathLike, start: int = 0, size: int = -1, *, expected: str = "", name: str | None = None
+) -> bytes:
+    """`size` bytes of a file from `start` on, -1 for the rest of it.
+
+    Raises:
+        UserError: it cannot be read; the line calls it `name`, or by its path, and says what was expected.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+    except OSError as error:
+        text = f"{name or path}: cannot be read ({error.strerror})"
+        raise UserError(f"{text}; expected {expected}" if expected else text) from error
+
+
 def natural_key(name: str) -> tuple:
     """Sorts names with numbers by value, img2 before img10, alike in every locale and process."""
     # "img10.png" -> ("img", 10, ".png"): text and numbers always alternate, so keys compare; the name breaks ties

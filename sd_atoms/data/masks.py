@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sd_atoms.data.images import EXTENSIONS, alpha_of, grey_of, masked_stem, open_image, read_upright
+from sd_atoms.data.images import EXTENSIONS, alpha_of, file_content, grey_of, masked_stem, open_image, read_upright
 from sd_atoms.errors import UserError, refuse
 
 FOLDER = "masks"
@@ -82,9 +82,8 @@ def folder_masks(folder: Path, paths: Sequence[Path]) -> dict[Path, Mask]:
             names = ", ".join(str(path.relative_to(folder)) for path in own)
             problems.append(f"{folder}: {stem} has {len(own)} masks, {names}; expected one")
     refuse(problems, f"{folder}: {len(problems)} mistakes in the masks:")
-    return {
-        path: Mask(str(own[0]), partial(_content, own[0])) for path in paths for own in [files.get(path.stem)] if own
-    }
+    found = {path: files[path.stem][0] for path in paths if path.stem in files}
+    return {path: Mask(str(own), partial(file_content, own, expected="a mask")) for path, own in found.items()}
 
 
 def examined(mask: Mask | None, picture: str, content: Callable[[], bytes], size: tuple[int, int]) -> Mask | None:
@@ -124,13 +123,6 @@ def examined(mask: Mask | None, picture: str, content: Callable[[], bytes], size
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a mask") from error
 
 
 def _greys(label: str, image: Image.Image) -> Image.Image:

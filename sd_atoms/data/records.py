@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from sd_atoms.data.captions import caption_files, folder_captions, tidy
-from sd_atoms.data.images import ignored_notes, open_image, read_image, scan_folder
+from sd_atoms.data.images import file_content, ignored_notes, open_image, read_image, scan_folder
 from sd_atoms.data.masks import Mask, folder_masks, mask_files
 from sd_atoms.errors import UserError, refuse
 
@@ -60,7 +60,7 @@ class ImageRecord:
 
 def image_record(path: Path, caption: str | None = None, mask: Mask | None = None) -> ImageRecord:
     """The picture in a file, which is not opened yet."""
-    return ImageRecord(str(path), caption, partial(_file_content, str(path)), mask=mask)
+    return ImageRecord(str(path), caption, partial(file_content, str(path), expected="a picture"), mask=mask)
 
 
 def image_stats(record: ImageRecord) -> ImageStats:
@@ -226,11 +226,4 @@ def _row_content(images, row: int, name: str) -> bytes:
         except Exception as error:  # every kind of store has errors of its own
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name}: cannot be read ({reason})") from error
-    return _file_content(path, name) if content is None else content
-
-
-def _file_content(path: str, name: str | None = None) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name or path}: cannot be read ({error.strerror}); expected a picture") from error
+    return file_content(path, expected="a picture", name=name) if content is None else content

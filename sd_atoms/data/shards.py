@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sd_atoms.data.captions import tidy
-from sd_atoms.data.images import EXTENSIONS
+from sd_atoms.data.images import EXTENSIONS, file_content
 from sd_atoms.data.masks import Mask
 from sd_atoms.data.records import ImageRecord
 from sd_atoms.errors import UserError
@@ -60,7 +60,7 @@ def shard_images(
                 continue
             caption = _caption(path, name, parts.get(CAPTION), entries) if captions else None
             label = _class(path, name, parts.get(CLASS), entries) if classes else None
-            content = partial(_content, str(path), *entries[name])
+            content = partial(file_content, str(path), *entries[name])
             mask = _mask(path, parts, entries) if masks else None
             found.append(ImageRecord(f"{path}/{name}", caption, content, label=label, mask=mask))
     if not found:
@@ -86,7 +86,7 @@ def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Pla
     if name is None:
         raise UserError(f"{path}/{picture}: has no caption; expected an entry {Path(picture).stem}{CAPTION} beside it")
     try:
-        text = tidy(_content(str(path), *entries[name]).decode("utf-8-sig"))
+        text = tidy(file_content(str(path), *entries[name]).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}/{name}: is not UTF-8 text; expected a caption") from error
     if not text:
@@ -96,22 +96,13 @@ def _caption(path: Path, picture: str, name: str | None, entries: dict[str, _Pla
 
 def _mask(path: Path, parts: dict[str, str], entries: dict[str, _Place]) -> Mask | None:
     name = next((parts[f"{MASK}{end}"] for end in EXTENSIONS if f"{MASK}{end}" in parts), None)
-    return None if name is None else Mask(f"{path}/{name}", partial(_content, str(path), *entries[name]))
+    return None if name is None else Mask(f"{path}/{name}", partial(file_content, str(path), *entries[name]))
 
 
 def _class(path: Path, picture: str, name: str | None, entries: dict[str, _Place]) -> int:
     if name is None:
         raise UserError(f"{path}/{picture}: has no class; expected an entry {Path(picture).stem}{CLASS} beside it")
-    text = _content(str(path), *entries[name]).strip()
+    text = file_content(str(path), *entries[name]).strip()
     if not text.isdigit() or len(text) > 9:
         raise UserError(f"{path}/{name}: {text[:40]!r} is no class; expected a whole number from 0 on")
     return int(text)
-
-
-def _content(path: str, start: int, size: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
