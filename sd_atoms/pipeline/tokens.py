@@ -19,21 +19,6 @@ def initializer_row(pipe, word: str) -> torch.Tensor:
     return pipe.text_encoder.get_input_embeddings().weight[ids[0]].detach().clone()
 
 
-def initializer_rows(pipe, tokens: Sequence[str], words: Sequence[str]) -> dict[str, torch.Tensor]:
-    """token -> the embedding row (d,) of its word: one word for each, or one for all.
-
-    Raises:
-        UserError: a word is not exactly one token of the base model, or there are neither one nor as many as tokens.
-    """
-    if len(words) not in (1, len(tokens)):
-        raise UserError(
-            f"initializer_token: {len(words)} words ({' '.join(words)}) for {len(tokens)} placeholder tokens; one for "
-            "all or one for each is allowed"
-        )
-    words = [*words] * len(tokens) if len(words) == 1 else words
-    return {token: initializer_row(pipe, word) for token, word in zip(tokens, words, strict=True)}
-
-
 def check_new_token(pipe, token: str, among: Sequence[str] = ()) -> None:
     """A new placeholder must be one the base model does not know, and stand apart from those it comes with.
 

@@ -15,7 +15,7 @@ from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import DTYPES, add_placeholder_tokens
 from sd_atoms.pipeline.fingerprint import mark
 from sd_atoms.pipeline.inspection import unet_change
-from sd_atoms.pipeline.tokens import initializer_rows
+from sd_atoms.pipeline.tokens import initializer_row
 from sd_atoms.settings import replaced
 from sd_atoms.training.batch import Texts, make_samples, sample_losses
 from sd_atoms.training.config import TrainConfig
@@ -66,7 +66,8 @@ def add_adapters(pipe, config: TrainConfig) -> None:
         UserError: a token or the target does not fit the base.
     """
     for concept in config.all_concepts:
-        add_placeholder_tokens(pipe, initializer_rows(pipe, concept.tokens, concept.initializers))
+        words = zip(concept.tokens, concept.initializers, strict=True)
+        add_placeholder_tokens(pipe, {token: initializer_row(pipe, word) for token, word in words})
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False)
     if config.precision.mixed_precision != "no":

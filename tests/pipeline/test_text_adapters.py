@@ -16,7 +16,7 @@ from sd_atoms import AtomsConfig, UserError, load_atoms, save_atoms
 from sd_atoms.methods.adapters import add_adapter
 from sd_atoms.pipeline import read_artefact
 from sd_atoms.pipeline.artefact_files import write_artefact
-from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_new_token, initializer_row, initializer_rows
+from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_new_token
 from sd_atoms.tuner import AtomsLayer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -554,19 +554,6 @@ def test_tokens_come_to_a_text_encoder_that_has_adapters(pipe, fresh, pocket, tm
     assert torch.equal(states(fresh, "a <canal>"), states(other, "a <canal>"))
     fresh.set_adapters("castle")
     assert torch.equal(states(fresh, "a <castle>"), states(pipe, "a <castle>"))
-
-
-def test_rows_of_several_tokens(pipe):
-    rows = initializer_rows(pipe, ["<a>", "<b>"], ["castle", "lake"])
-    assert torch.equal(rows["<a>"], initializer_row(pipe, "castle"))
-    assert torch.equal(rows["<b>"], initializer_row(pipe, "lake"))
-    one = initializer_rows(pipe, ["<a>", "<b>"], ["castle"])
-    assert torch.equal(one["<a>"], one["<b>"])
-    assert initializer_rows(pipe, [], []) == {}
-    with pytest.raises(UserError, match="initializer_token: 'xyzzy' is"):
-        initializer_rows(pipe, ["<a>", "<b>"], ["castle", "xyzzy"])
-    with pytest.raises(UserError, match=r"2 words \(castle lake\) for 3 placeholder tokens"):
-        initializer_rows(pipe, ["<a>", "<b>", "<c>"], ["castle", "lake"])
 
 
 def test_new_tokens_stand_apart_from_each_other(pipe):
