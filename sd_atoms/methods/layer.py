@@ -129,10 +129,6 @@ class TunedLayer(Strengths, nn.Module, BaseTunerLayer):
         self._originals.clear()
         self.merged_adapters.clear()
 
-    def initial_scale(self, adapter: str) -> float:
-        """The strength that its settings say."""
-        return self.initial_scaling[adapter]
-
 
 class DeltaLayer(TunedLayer):
     """A layer whose adapters each add something to its weight: a subclass says what, in `delta`."""

@@ -54,6 +54,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         "plan",
         "l1",
         "scaling",
+        "initial_scaling",
         "form",
         "delta_is_zero",
     )
@@ -73,6 +74,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         self.plan: dict[str, LayerPlan] = {}
         self.l1: dict[str, float | None] = {}  # of the sparse solver; None for orthonormal atoms
         self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self.delta_is_zero: dict[str, bool] = {}  # True while the change is known to be zero
         self._cached: CachedWeight | None = None
@@ -118,7 +120,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
             for change in (self.atoms_delta, self.atoms_block_delta):
                 if adapter_name in change:
                     nn.init.normal_(change[adapter_name], std=RANDOM_START)
-        self.scaling[adapter_name] = plan.scale
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = plan.scale
         self.form[adapter_name] = config.form
         self.delta_is_zero[adapter_name] = config.init_weights
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -257,10 +259,6 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         weight.data = self._original_weight.to(weight)  # which may have been moved and cast meanwhile
         self._original_weight = None
         self.merged_adapters.clear()
-
-    def initial_scale(self, adapter: str) -> float:
-        """The strength that the settings say for this layer."""
-        return self.plan[adapter].scale
 
     def _all_zero(self, adapters: list[str]) -> bool:
         """Whether all changes are zero. Looked up on the device only until one is first seen not to be."""

@@ -16,15 +16,12 @@ class Strengths:
     cast_input_dtype_enabled = True  # diffusers switches it, as LoRA's, for layer-wise casting; inputs are never cast
 
     scaling: dict[str, float]
-
-    def initial_scale(self, adapter: str) -> float:
-        """What the strength of an adapter is when it is set to 1."""
-        raise NotImplementedError
+    initial_scaling: dict[str, float]  # what the strength of an adapter is when it is set to 1
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
         if adapter in self.scaling:
-            self.scaling[adapter] = float(scale) * self.initial_scale(adapter)
+            self.scaling[adapter] = float(scale) * self.initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
@@ -36,7 +33,7 @@ class Strengths:
         """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self.initial_scale(name) if scale is None else self.scaling[name] / scale
+                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
 
 def refuse_unfit(setting: str, unfit: Sequence[str]) -> None:

@@ -43,8 +43,8 @@ def swap_adapter(model: nn.Module, adapter: str, config: AtomsConfig, state: Map
                 place.zero_()
         if name in names:
             scale = layer_plan(config, name, layer.get_base_layer()).scale
-            layer.scaling[adapter] *= scale / layer.plan[adapter].scale
-            layer.plan[adapter] = layer.plan[adapter]._replace(scale=scale)
+            layer.scaling[adapter] *= scale / layer.initial_scaling[adapter]
+            layer.initial_scaling[adapter] = scale
         layer.delta_is_zero[adapter] = False
 
 
