@@ -43,9 +43,12 @@ def swap_adapter(model: nn.Module, adapter: str, config: AtomsConfig, state: Map
                 place.zero_()
         if name in names:
             scale = layer_plan(config, name, layer.get_base_layer()).scale
-            layer.scaling[adapter] *= scale / layer.initial_scaling[adapter]
+            before = layer.initial_scaling[adapter]
+            # as `set_scale` has set it; what was 0 at any strength is at 1
+            layer.scaling[adapter] = layer.scaling[adapter] * (scale / before) if before else scale
             layer.initial_scaling[adapter] = scale
         layer.delta_is_zero[adapter] = False
+    model.peft_config[adapter].scale_pattern = dict(config.scale_pattern)  # as it is saved from now on
 
 
 def check_swap(model: nn.Module, adapter: str, config: AtomsConfig, state: Mapping[str, torch.Tensor]) -> None:

@@ -353,6 +353,26 @@ def test_fewer_atoms_and_fewer_layers_swap_in_and_others_are_refused():
         swap_adapter(inner, "default", AtomsConfig(m=5, solver="sparse"), {})
 
 
+def test_a_swapped_in_strength_counts_also_after_none_and_where_it_is_saved():
+    def strong(pattern):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 4, 3))
+        inject_adapter_in_model(AtomsConfig(scale_pattern=pattern), model, "default")
+        return model
+
+    model, other = strong({"0": 0}), strong({"0": 0.5})
+    nn.init.normal_(other[0].atoms_delta["default"])
+    for target in (model, strong({}), strong({"0": 2.0})):
+        target[0].set_scale("default", 1.0)
+        state = get_peft_model_state_dict(other, adapter_name="default")
+        swap_adapter(target, "default", other.peft_config["default"], state)
+        assert target[0].scaling == {"default": 0.5}
+        assert target.peft_config["default"].scale_pattern == {"0": 0.5}
+        assert torch.equal(target[0].get_delta_weight("default"), other[0].get_delta_weight("default"))
+        target[0].set_scale("default", 2.0)
+        assert target[0].scaling == {"default": 1.0}
+
+
 def test_settings_for_single_modules():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
     config = AtomsConfig(
