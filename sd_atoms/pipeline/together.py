@@ -69,7 +69,9 @@ def adapter_names(sources: Sequence[str]) -> list[str]:
     if len(sources) == 1:
         return [ALONE]
     stems = [re.sub(r"\W+", "_", Path(source).stem).strip("_") or ALONE for source in sources]
-    return [stem if stems.count(stem) == 1 else f"{stem}_{number}" for number, stem in enumerate(stems, 1)]
+    numbered = [f"{stem}_{number}" for number, stem in enumerate(stems, 1)]
+    names = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, numbered, strict=True)]
+    return names if len(set(names)) == len(names) else numbered  # castle, castle and castle_2
 
 
 def check_words(artefacts: Sequence[Artefact]) -> None:

@@ -159,3 +159,4 @@ def test_strengths_are_read_from_the_end(tmp_path, monkeypatch):
 def test_adapters_go_by_their_files():
     assert adapter_names(["a/castle.safetensors"]) == ["default"]
     assert adapter_names(["castle v1.2.safetensors", "me/canal", "b/canal"]) == ["castle_v1_2", "canal_2", "canal_3"]
+    assert adapter_names(["a/canal", "b/canal", "c/canal_2"]) == ["canal_1", "canal_2", "canal_2_3"]
