@@ -1,7 +1,7 @@
 """Patches of a picture (im2col) and back, in any number of dimensions."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,16 +48,11 @@ def fold(
     padded = patches.new_zeros(
         channels, batch, *(length + 2 * pad for length, pad in zip(lengths, geometry.padding, strict=True))
     )
-    for tap, window in enumerate(_windows(kernel, geometry, size)):
+    for tap, place in enumerate(itertools.product(*map(range, kernel))):
+        window = (  # the part of the padded picture that a tap meets
+            slice(at * gap, at * gap + step * (length - 1) + 1, step)
+            for at, gap, step, length in zip(place, geometry.dilation, geometry.stride, size, strict=True)
+        )
         padded[(..., *window)] += patches[:, tap]
     inner = tuple(slice(pad, pad + length) for length, pad in zip(lengths, geometry.padding, strict=True))
     return padded[(..., *inner)].transpose(0, 1)
-
-
-def _windows(kernel, geometry, size) -> Iterator[tuple[slice, ...]]:
-    """Per tap, the part of the padded picture that it meets."""
-    for tap in itertools.product(*map(range, kernel)):
-        yield tuple(
-            slice(at * gap, at * gap + step * (length - 1) + 1, step)
-            for at, gap, step, length in zip(tap, geometry.dilation, geometry.stride, size, strict=True)
-        )

@@ -40,11 +40,8 @@ HEADER = "sd_atoms"
 CLASSIFIER, CLASSIFIER_FILE = "sd_atoms_classifier", "classifier.safetensors"  # its header, and its name in a run
 IMPORTED = "imported"  # the method of what another program made
 ROWS = "token_rows"
-CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "learned_embeds.safetensors",
-)
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TOKENS_FILE = "learned_embeds.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # of a folder as diffusers writes it
 PEFT_PREFIX = "base_model.model."

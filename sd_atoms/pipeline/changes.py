@@ -76,14 +76,10 @@ def layer_change(layer: BaseTunerLayer, adapter: str) -> Change:
 def network_changes(model: nn.Module | None, adapter: str) -> Iterator[tuple[str, Change]]:
     """Layer -> what an adapter adds to it, of those that it changes at all; nothing without a network."""
     for name, layer in {} if model is None else tuner_layers(model).items():
-        if adapter in getattr(model, "peft_config", {}) and _has(layer, adapter):
+        if adapter in layer._get_available_adapters():
             change = layer_change(layer, adapter)
             if change.values:
                 yield name, change
-
-
-def _has(layer: BaseTunerLayer, adapter: str) -> bool:
-    return adapter in layer._get_available_adapters()
 
 
 def add_changes(total: dict[str, Change], more: Mapping[str, Change]) -> None:

@@ -27,7 +27,6 @@ from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, nam
 from sd_atoms.tuner.shared import base_of
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
-TRAINED_PARTS = ("atoms_delta", "atoms_beta", "atoms_block_delta")
 # what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,
 USUAL = dict(m=9, kc=4)
 # and the 3×3 convolutions by the settings of arXiv 2403.00269
@@ -265,8 +264,8 @@ def _settings(config: PeftConfig | None) -> dict[str, Any] | None:
 
 def trained_numbers(config: PeftConfig | None, state: Mapping[str, torch.Tensor]) -> int:
     """How many trained numbers there are among the tensors of an adapter; atoms come with those they started from."""
-    counted = (key for key in state if not isinstance(config, AtomsConfig) or key.endswith(TRAINED_PARTS))
-    return sum(state[key].numel() for key in counted)
+    trained = AtomsLayer.adapter_layer_names if isinstance(config, AtomsConfig) else ""
+    return sum(value.numel() for key, value in state.items() if key.endswith(trained))
 
 
 def mode_of(config: PeftConfig, state: Mapping[str, torch.Tensor]) -> str:

@@ -167,6 +167,4 @@ def attend_plainly(model: torch.nn.Module, device: torch.device) -> None:
     on such processors. Changes neither parameters nor, within rounding, results.
     """
     if device.type == "cpu":
-        for module in model.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(AttnProcessor())
+        model.set_attn_processor(AttnProcessor())
