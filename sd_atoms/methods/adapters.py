@@ -15,8 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_req
 from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.tuner import AtomsLayer
+from sd_atoms.tuner.base import TunedLayer
 
 # By this, models of diffusers and transformers know that they have adapters. Their own `add_adapter` does no more, but
 # that of transformers 5.24 asks for a PEFT newer than any released.
@@ -64,7 +63,7 @@ def _follow_offloading(layer: BaseTunerLayer) -> None:
     """Brings in what accelerate offloaded of a layer of PEFT's that holds its numbers in ParameterDicts, as LoHa and
     LoKr: accelerate's hooks fire where a module is called, and these never are, so it would compute with any numbers.
     """
-    ours = isinstance(layer, (TunedLayer, AtomsLayer))
+    ours = isinstance(layer, TunedLayer)
     held = [part for part in layer.modules() if isinstance(part, nn.ParameterDict) and len(part)]
     if held and not ours and _bring_in not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_bring_in)
@@ -137,7 +136,7 @@ def merge_adapters(model: nn.Module, adapters: Sequence[str] | None = None) -> O
     """
     originals = {}
     for layer in tuner_layers(model).values():
-        if not isinstance(layer, (TunedLayer, AtomsLayer)):
+        if not isinstance(layer, TunedLayer):
             base = layer.get_base_layer()
             originals[base] = {name: value.detach().clone() for name, value in base.named_parameters()}
         layer.merge(adapter_names=None if adapters is None else list(adapters))

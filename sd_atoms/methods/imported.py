@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.layer import TunedLayer
-from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.base import TunedLayer, TunedModel
 from sd_atoms.tuner.config import TargetConfig, TunerType
 
 PREFIX = "imported_"

@@ -7,9 +7,8 @@ from peft import PeftConfig
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.tuner import named_targets
-from sd_atoms.tuner.base import TunedModel
+from sd_atoms.tuner.base import TunedLayer, TunedModel
 from sd_atoms.tuner.config import TargetConfig, TunerType
 from sd_atoms.tuner.shared import base_of
 

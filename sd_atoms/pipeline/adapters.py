@@ -14,7 +14,6 @@ from torch import nn
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.methods import all_methods
 from sd_atoms.methods.adapters import add_adapter, set_adapters
-from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline.artefact import TEXT, Artefact
 from sd_atoms.pipeline.artefact_files import read_artefact, write_artefact
 from sd_atoms.pipeline.base import DTYPES
@@ -24,6 +23,7 @@ from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import AtomsLayer, check_swap, swap_adapter
+from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
 
 # peft_type -> how other numbers are checked and written over those of a loaded adapter, in place

@@ -9,8 +9,8 @@ from torch import nn
 
 from sd_atoms.methods.adapters import tuner_layers
 from sd_atoms.methods.factors import Factors, low_rank
-from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.tuner import AtomsLayer
+from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
 
 
@@ -30,7 +30,7 @@ class Change:
 def weight_change(layer: BaseTunerLayer, adapter: str) -> torch.Tensor:
     """What an adapter adds to the weight of a layer; of PEFT's own tuners, whose `get_delta_weight` means what they
     like, by merging it."""
-    if isinstance(layer, (AtomsLayer, TunedLayer)):
+    if isinstance(layer, TunedLayer):
         return layer.get_delta_weight(adapter)
     return _merging_change(layer, adapter)["weight"]
 
@@ -56,6 +56,8 @@ def layer_change(layer: BaseTunerLayer, adapter: str) -> Change:
         # of PEFT's LoRA, merging would round the change to the last bit of the weight
         change = factors.up.flatten(1).float() @ factors.down.flatten(1).float() * factors.scale
         values = {"weight": change.view(base_of(layer).weight.shape)}
+    elif isinstance(layer, AtomsLayer):
+        values = {"weight": layer.get_delta_weight(adapter).float()}
     elif isinstance(layer, TunedLayer):
         values = {
             name: value.float() - layer.original(name).float()
@@ -64,8 +66,6 @@ def layer_change(layer: BaseTunerLayer, adapter: str) -> Change:
         }
         if hasattr(base_of(layer), "weight"):
             values["weight"] = layer.get_delta_weight(adapter).float()
-    elif isinstance(layer, AtomsLayer):
-        values = {"weight": layer.get_delta_weight(adapter).float()}
     else:
         values = _merging_change(layer, adapter)
     values = {name: value for name, value in values.items() if value.any()}

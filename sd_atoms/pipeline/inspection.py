@@ -15,7 +15,6 @@ from sd_atoms.atoms.measures import atom_changes, condition, energy, frequency_g
 from sd_atoms.errors import UserError
 from sd_atoms.methods.adapters import tuner_layers
 from sd_atoms.methods.imported import ImportedConfig, kind_of
-from sd_atoms.methods.layer import TunedLayer
 from sd_atoms.pipeline import load_adapter, open_base, read_artefact
 from sd_atoms.pipeline.adapters import base_distance, base_weight
 from sd_atoms.pipeline.architectures import build_unet, unet_config
@@ -24,6 +23,7 @@ from sd_atoms.pipeline.changes import weight_change
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, plain_settings
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
+from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
@@ -229,7 +229,8 @@ def _bias_change(layers: Iterable[BaseTunerLayer], adapter: str = "default") -> 
     """|Δb|/|b| over the biases that an adapter trains; None if it trains none."""
     changes, originals = [], []
     for layer in layers:
-        value = layer.merged_values([adapter]).get("bias") if isinstance(layer, TunedLayer) else None
+        of_weight = isinstance(layer, AtomsLayer) or not isinstance(layer, TunedLayer)
+        value = None if of_weight else layer.merged_values([adapter]).get("bias")
         if value is not None:
             originals.append(layer.original("bias").to(value.dtype))
             changes.append(value - originals[-1])

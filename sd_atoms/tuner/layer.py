@@ -1,11 +1,10 @@
 """A convolution or Linear layer that carries atom adapters."""
 
-import warnings
 import zlib
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,15 +25,16 @@ from sd_atoms.atoms import (
     svd_atoms,
 )
 from sd_atoms.errors import UserError
+from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels, layer_plan
-from sd_atoms.tuner.shared import Strengths, refuse_leaf_offload
+from sd_atoms.tuner.shared import refuse_leaf_offload
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 
 
-class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
+class AtomsLayer(TunedLayer):
     """A layer with adapters; `AtomsConv` and `AtomsLinear` say how it is computed. Per adapter it has:
 
     Trained: `atoms_delta`, ΔD (m, K), or ΔD1 (m, m1, K) of overcomplete atoms; `atoms_beta`, β (i, m, m1);
@@ -45,6 +45,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("atoms_delta", "atoms_beta", "atoms_block_delta")
     other_param_names = (
+        *TunedLayer.other_param_names,
         "atoms_initial",
         "atoms_block_initial",
         "beta",
@@ -53,15 +54,12 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         "codes_made_from",
         "plan",
         "l1",
-        "scaling",
-        "initial_scaling",
         "form",
         "delta_is_zero",
     )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, adapter_name)
         self.atoms_delta = nn.ParameterDict()
         self.atoms_beta = nn.ParameterDict()
         self.atoms_block_delta = nn.ParameterDict()
@@ -73,15 +71,9 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         self.codes_made_from: dict[str, list[tuple[int, int]]] = {}
         self.plan: dict[str, LayerPlan] = {}
         self.l1: dict[str, float | None] = {}  # of the sparse solver; None for orthonormal atoms
-        self.scaling: dict[str, float] = {}
-        self.initial_scaling: dict[str, float] = {}
         self.form: dict[str, str] = {}
         self.delta_is_zero: dict[str, bool] = {}  # True while the change is known to be zero
         self._cached: CachedWeight | None = None
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._original_weight: torch.Tensor | None = None  # while merged: the base weight, to be put back bit for bit
-        self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: AtomsConfig, name: str) -> None:
         """Adds an adapter, whose name is not taken: atoms from the base weight, no change.
@@ -120,11 +112,10 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
             for change in (self.atoms_delta, self.atoms_block_delta):
                 if adapter_name in change:
                     nn.init.normal_(change[adapter_name], std=RANDOM_START)
-        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = plan.scale
         self.form[adapter_name] = config.form
         self.delta_is_zero[adapter_name] = config.init_weights
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._added(adapter_name, config, plan.scale)
 
     @staticmethod
     def _atoms(rows: torch.Tensor, shape: tuple[int, int], config: AtomsConfig, seed: int) -> nn.Parameter:
@@ -145,7 +136,8 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
     @property
     def base_weight(self) -> torch.Tensor:
         """The weight without any adapter, also while adapters are merged."""
-        return self.get_base_layer().weight if self._original_weight is None else self._original_weight
+        kept = self._originals.get("weight")
+        return self.get_base_layer().weight if kept is None else kept
 
     @property
     def groups(self) -> int:
@@ -227,38 +219,9 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
         """scale·C·ΔD in the shape and dtype of the base weight: what the adapter adds to it."""
         return mixed_weight(self.base_weight.detach(), self.change_terms(adapter), self.groups)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapters into the base weight, taken in float32 and rounded once.
-
-        The original weight is kept until `unmerge`, so that it comes back bit for bit.
-
-        Raises:
-            ValueError: with `safe_merge`, when the merged weight is not finite; the weight is then left as it was.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.plan]
-        if not names:
-            return
-        terms = self.terms(self.merged_adapters + names)
-        merged = mixed_weight(self.base_weight.detach(), terms, self.groups)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (not finite)"
-            )
-        weight = self.get_base_layer().weight
-        if self._original_weight is None:
-            self._original_weight = weight.data
-        weight.data = merged.to(weight)  # cast since an earlier merge, its dtype holds
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Puts the original base weight back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight = self.get_base_layer().weight
-        weight.data = self._original_weight.to(weight)  # which may have been moved and cast meanwhile
-        self._original_weight = None
-        self.merged_adapters.clear()
+    def values(self, adapters):
+        """As `TunedLayer`, but rounded to the weight's dtype already."""
+        return {"weight": mixed_weight(self.base_weight.detach(), self.terms(adapters), self.groups)}
 
     def _all_zero(self, adapters: list[str]) -> bool:
         """Whether all changes are zero. Looked up on the device only until one is first seen not to be."""
@@ -311,7 +274,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         elif cast:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return self._adapted(x, weight, bias, self.terms(active), self.form[active[0]], delta_is_zero)
+        return self._mixed(x, weight, bias, self.terms(active), self.form[active[0]], delta_is_zero)
 
     def _onloaded(self, *args, **kwargs) -> torch.Tensor:
         """`forward` with what accelerate offloaded brought in: its hooks fire only where a module itself is called."""
@@ -330,7 +293,7 @@ class AtomsLayer(Strengths, nn.Module, BaseTunerLayer):
     def _plain(self, x, weight, bias) -> torch.Tensor:
         raise NotImplementedError
 
-    def _adapted(self, x, weight, bias, terms, form, delta_is_zero) -> torch.Tensor:
+    def _mixed(self, x, weight, bias, terms, form, delta_is_zero) -> torch.Tensor:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -343,7 +306,7 @@ class AtomsLinear(AtomsLayer):
     def _plain(self, x, weight, bias):
         return F.linear(x, weight, bias)
 
-    def _adapted(self, x, weight, bias, terms, form, delta_is_zero):
+    def _mixed(self, x, weight, bias, terms, form, delta_is_zero):
         return atoms_layer(x, weight, terms, bias, None, form, delta_is_zero)
 
 
@@ -356,7 +319,7 @@ class AtomsConv(AtomsLayer):
     def _plain(self, x, weight, bias):
         return self.get_base_layer()._conv_forward(x, weight, bias)
 
-    def _adapted(self, x, weight, bias, terms, form, delta_is_zero):
+    def _mixed(self, x, weight, bias, terms, form, delta_is_zero):
         conv = self.get_base_layer()
         single = x.dim() == weight.dim() - 1
         x, padding = _pad(x.unsqueeze(0) if single else x, conv)

@@ -1,4 +1,4 @@
-"""What filter atoms share with the other tuners of this package: strengths, and which layers are refused."""
+"""What the tuners of this package refuse, and the layer below adapters."""
 
 from collections.abc import Sequence
 
@@ -8,32 +8,6 @@ from torch import nn
 from sd_atoms.errors import UserError
 
 ERRORS_SHOWN = 4
-
-
-class Strengths:
-    """The strengths of a layer's adapters, `scaling`, by the calls that PEFT and diffusers make."""
-
-    cast_input_dtype_enabled = True  # diffusers switches it, as LoRA's, for layer-wise casting; inputs are never cast
-
-    scaling: dict[str, float]
-    initial_scaling: dict[str, float]  # what the strength of an adapter is when it is set to 1
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of one adapter; one that this layer lacks is passed over, as PEFT does."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = float(scale) * self.initial_scaling[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the strength of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undoes `scale_layer(scale)`; without a scale the active adapters go back to their strength at the start."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
 
 def refuse_unfit(setting: str, unfit: Sequence[str]) -> None:
