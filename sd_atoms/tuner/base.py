@@ -77,6 +77,14 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scale
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would also cast to the base's dtype; what is trained stays float32 at least, whatever the base is
+        device = next(self.get_base_layer().parameters()).device if device is None else device
+        parts = [getattr(self, part) for part in (*self.adapter_layer_names, *self.other_param_names)]
+        for own in [held[adapter_name] for held in parts if adapter_name in held]:
+            if torch.is_tensor(own) and not own.is_meta:
+                own.data = own.data.to(device)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer with its active adapters; shapes as of the layer."""
         if self.disable_adapters and self.merged:

@@ -114,7 +114,6 @@ class AtomsLayer(TunedLayer):
                     nn.init.normal_(change[adapter_name], std=RANDOM_START)
         self.form[adapter_name] = config.form
         self.delta_is_zero[adapter_name] = config.init_weights
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self._added(adapter_name, config, plan.scale)
 
     @staticmethod
@@ -232,14 +231,6 @@ class AtomsLayer(TunedLayer):
                 changes = (self.atoms_delta, self.atoms_block_delta)
                 self.delta_is_zero[name] = not any(bool(c[name].detach().any()) for c in changes if name in c)
         return all(self.delta_is_zero[name] for name in adapters)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT would also cast to the base's dtype; atoms stay float32 at least, whatever the base is
-        device = self.base_weight.device if device is None else device
-        for entries in (self.atoms_delta, self.atoms_beta, self.atoms_block_delta, self.atoms_initial,
-                        self.atoms_block_initial, self.beta):  # fmt: skip
-            if adapter_name in entries and entries[adapter_name].device.type != "meta":
-                entries[adapter_name].data = entries[adapter_name].data.to(device)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The layer with its active adapters; shapes as of the layer."""

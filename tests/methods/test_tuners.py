@@ -56,6 +56,19 @@ def inputs(kind="3x3", dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("tuner", DELTAS)
+def test_numbers_stay_float32_where_peft_loads_them_in_place(tuner, tmp_path):
+    model = get_peft_model(net(dtype=torch.bfloat16), DELTAS[tuner]())
+    trained = {name: p for name, p in model.named_parameters() if "default" in name.split(".")}
+    for parameter in trained.values():
+        nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(loaded.get_parameter(name), parameter)
+
+
 def written_out(layer, tuner, adapter="default"):
     """The change of the weight by each paper's formula, entry by entry or through kron, in float64."""
     shape = layer.base_layer.weight.shape
