@@ -120,13 +120,14 @@ def make_dataset(
     images = [image for source in sources for image in source.images]
     masks = latent_masks(vae, images, how, accelerator)
     latents = encode_images(vae, images, how, scratch, accelerator)
-    of_prior = Examples(latents, of_class, range(len(of_class)))  # without masks: the class is kept everywhere
+    places = np.arange(len(own), dtype=np.int32)
+    kept = np.array([place not in out for place in places])
+    # without masks: the class is kept everywhere
+    of_prior = Examples(latents, of_class, places[kept] if of_class else ())
     if prior.prior == "images":
         images = [image for source in sources for image in source.class_images]
         class_latents = encode_images(vae, images, how, scratch, accelerator)
         of_prior = Examples(class_latents, class_prompt, range(len(images)))
-    places = np.arange(len(own), dtype=np.int32)
-    kept = np.array([place not in out for place in places])
     order = np.repeat(places[kept], np.array(repeats)[kept])
     if how.data.class_balanced:
         labels = np.array([image.label for source in sources for image in source.images])

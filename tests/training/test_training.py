@@ -379,6 +379,17 @@ def test_held_out_pictures_are_not_learned_from(pocket):
         dataset_of(pocket, replaced(config, holdout_images=2), [source_of(config)])
 
 
+def test_held_out_pictures_are_not_shown_to_the_teacher_either(pocket):
+    settings = dict(prior="teacher", class_prompt="photo of a castle", validation_loss_steps=1)
+    means = {}
+    for count in (0, 1):
+        config = config_of(holdout_images=count, **settings)
+        dataset = dataset_of(pocket, config, [source_of(config)])
+        means[count] = [example.latents.mean for example in dataset.prior]
+    assert [len(own) for own in means.values()] == [2, 1]
+    assert torch.equal(means[1][0], dataset.examples[0].latents.mean)
+
+
 def test_the_best_step_is_kept_where_training_goes_wrong(tmp_path):
     # such steps only ever do harm after the first
     folder = run(
