@@ -210,14 +210,15 @@ READERS: dict[str, Callable[[Path, str, Task], list[ImageRecord]]] = {
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    """Folders directly inside a folder that hold images."""
+    """Folders directly inside a folder that hold images; hidden ones do not count."""
     if not folder.is_dir():
         return []
-    return sorted(
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [
         path
-        for path in folder.iterdir()
-        if path.is_dir() and any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in os.scandir(path))
-    )
+        for path in inside
+        if any(name.lower().endswith(EXTENSIONS) and not name.startswith(".") for name in os.listdir(path))
+    ]
 
 
 def _plain(name: str) -> str:

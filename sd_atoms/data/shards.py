@@ -27,9 +27,11 @@ def find_shards(place: str | Path) -> list[Path]:
     place = Path(place)
     if place.is_file():
         return [place] if place.suffix.lower() == ".tar" else []
-    if not place.is_dir() or any(path.suffix.lower() in EXTENSIONS for path in place.iterdir()):
+    # hidden files such as ._0.tar, as macOS leaves them on other disks, are none
+    found = sorted(path for path in place.iterdir() if not path.name.startswith(".")) if place.is_dir() else []
+    if any(path.suffix.lower() in EXTENSIONS for path in found):
         return []
-    return sorted(path for path in place.glob("*.tar") if path.is_file())
+    return [path for path in found if path.suffix == ".tar" and path.is_file()]
 
 
 def shard_images(

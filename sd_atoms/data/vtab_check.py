@@ -94,7 +94,7 @@ def check_archives(tasks: Sequence[Task], folder: Path) -> list[tuple[str, bool]
     """A line on each zip or tar file directly inside a folder, and whether it is broken; all of it is read."""
     found = []
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.lower().endswith(ARCHIVES):
+        if path.is_file() and path.name.lower().endswith(ARCHIVES) and not path.name.startswith("."):
             try:
                 names = _tested_zip(path) if path.suffix.lower() == ".zip" else _tested_tar(path)
             except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, NotImplementedError,

@@ -66,6 +66,12 @@ def test_other_folders_hold_no_shards_even_beside_an_archive(tmp_path):
     assert find_shards(tmp_path) == find_shards(tmp_path / "a.png") == find_shards(tmp_path / "none") == []
 
 
+def test_hidden_files_of_macos_are_no_shards_and_no_pictures(folder):
+    for name in ("._0.tar", "._a.png"):
+        (folder / name).write_bytes(b"Mac OS X")
+    assert [path.name for path in find_shards(folder)] == ["0.tar", "1.tar"]
+
+
 @pytest.mark.parametrize(
     ("content", "captions", "message"),
     [

@@ -333,6 +333,8 @@ def test_class_folders_of_other_classes_are_named(tmp_path):
     with pytest.raises(UserError, match="1 folders .* missing: without"):
         task_images(load_task(CAMELYON), str(folder))
     folder = write_class_folders(tmp_path / "c", ("0", "1"))  # by number
+    (folder / "train" / ".thumbnails").mkdir()
+    (folder / "train" / ".thumbnails" / "0.png").write_bytes(picture(0))
     assert [image.label for image in task_images(load_task(CAMELYON), str(folder))] == [0, 0, 1, 1]
 
 
@@ -366,6 +368,7 @@ def test_what_is_on_disk_is_counted_and_what_is_broken_named(tmp_path, capsys):
         archive.writestr("vtab-1k/dtd/test.txt", "images/test/000000.jpg 0")
     whole = (tmp_path / "some.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-20])
+    (tmp_path / "._cut.zip").write_bytes(b"Mac OS X")
     (tmp_path / "bent.zip").write_bytes(whole.replace(b"000000.jpg", b"000001.jpg"))
     with tarfile.open(tmp_path / "kitti.tar.gz", "w:gz") as tar:
         tar.add(broken, "kitti")
@@ -383,6 +386,7 @@ def test_what_is_on_disk_is_counted_and_what_is_broken_named(tmp_path, capsys):
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert "tasks: 19, image sets: 16" in out
+    assert "._cut.zip" not in out
     assert "kitti: " in out
     assert "test.txt, line 4: images/test/000003.jpg is missing" in out
     assert "kitti: train800: 2 of 4 classes have no image: " in out
