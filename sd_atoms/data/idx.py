@@ -49,7 +49,7 @@ def _sizes(path: Path, dimensions: int) -> tuple[int, ...]:
         raise UserError(f"{path}: begins with {head[:4].hex() or 'nothing'}; expected an IDX file of bytes in "
                         f"{dimensions} dimensions, 000008{dimensions:02d}")  # fmt: skip
     sizes = struct.unpack(f">{dimensions}I", head[4:])
-    length = len(_unpacked(path)) if _is_packed(path) else path.stat().st_size
+    length = len(_unpacked(path)) if path.suffix == ".gz" else path.stat().st_size
     if length != len(head) + math.prod(sizes):
         raise UserError(
             f"{path}: has {length - len(head):,} bytes after its head, which announces {math.prod(sizes):,}: it is "
@@ -58,12 +58,8 @@ def _sizes(path: Path, dimensions: int) -> tuple[int, ...]:
     return sizes
 
 
-def _is_packed(path: Path) -> bool:
-    return path.suffix == ".gz"
-
-
 def _read(path: Path, start: int, size: int) -> bytes:
-    if _is_packed(path):
+    if path.suffix == ".gz":
         return _unpacked(path)[start : start + size]
     return file_content(path, start, size, expected="an IDX file")
 

@@ -97,10 +97,6 @@ def _atoms_size(number: int) -> dict[str, Any] | None:
     return {"m": 0, "kc": 2**rung, "m_c": step + 1, "block_layers": "all"} if rung <= 3 else None
 
 
-def _rank_size(number: int) -> dict[str, Any]:
-    return {"rank": number}
-
-
 def _oft_size(number: int) -> dict[str, Any] | None:
     """Powers of two up to 64, which divide the widths of most networks."""
     return {"block_size": 2**number} if number <= 6 else None
@@ -165,7 +161,7 @@ def _low_rank(
         build=build,
         settings=("rank", "alpha", "factor") if factor_name else ("rank", "alpha"),
         default_target=default_target,
-        size=_rank_size,
+        size=lambda number: {"rank": number},
         exports=WEIGHTS,
         **_always("lora"),
     )

@@ -65,7 +65,8 @@ def save_adapter(
     """
     config, state = _part(pipe, "unet", adapter_name)
     if config is None and adapter_name not in _adapters(pipe, "text_encoder") and not tokens:
-        raise UserError(f"adapter_name: {adapter_name!r} is not loaded; there are {_loaded(pipe)}")
+        there = ", ".join({**_adapters(pipe, "unet"), **_adapters(pipe, "text_encoder")}) or "none"
+        raise UserError(f"adapter_name: {adapter_name!r} is not loaded; there are {there}")
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     about = dict(about or {})
@@ -314,7 +315,3 @@ def _check_base(artefact: Artefact, unet: nn.Module) -> None:
 def _fingerprint(unet: nn.Module, state: Iterable[str]) -> torch.Tensor:
     """Of the layers of a state, in the order of their names, so that folder and file agree."""
     return fingerprint(base_weight(unet.get_submodule(layer)) for layer in sorted(touched_layers(unet, state)))
-
-
-def _loaded(pipe) -> str:
-    return ", ".join({**_adapters(pipe, "unet"), **_adapters(pipe, "text_encoder")}) or "none"

@@ -45,12 +45,6 @@ def mixings(unet: nn.Module, adapter: str) -> dict[tuple[str, str], torch.Tensor
     return found
 
 
-def add_mixings(total: dict[tuple[str, str], torch.Tensor], more: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Adds B to B; one for all channels counts for each of them."""
-    for key, mixing in more.items():
-        total[key] = total[key] + mixing if key in total else mixing
-
-
 def write_comfy(
     path: Path,
     mixed: Mapping[tuple[str, str], torch.Tensor],

@@ -14,7 +14,7 @@ from sd_atoms.pipeline.adapters import base_distance, base_weight, load_adapter
 from sd_atoms.pipeline.artefact import Artefact
 from sd_atoms.pipeline.base import open_base
 from sd_atoms.pipeline.changes import Change, add_changes, network_changes
-from sd_atoms.pipeline.comfy import add_mixings, mixings, why_not
+from sd_atoms.pipeline.comfy import mixings, why_not
 from sd_atoms.pipeline.export import has_lora_form
 from sd_atoms.pipeline.fingerprint import SAME_BASE
 
@@ -69,9 +69,10 @@ def gather(
             changes = {(part, name): change for name, change in network_changes(model, "export")}
             add_changes(contents.layers, changes)
         if why_not([artefact.config for artefact in artefacts]) is None:
-            own = mixings(pipe.unet, "export")
-            add_mixings(contents.mixed, own)
-            contents.weights |= {name: base_weight(pipe.unet.get_submodule(name)).detach() for name, _ in own}
+            for (name, part), b in mixings(pipe.unet, "export").items():
+                before = contents.mixed.get((name, part))
+                contents.mixed[name, part] = b if before is None else before + b  # one for all channels is of each
+                contents.weights[name] = base_weight(pipe.unet.get_submodule(name)).detach()
         for token, row in artefact.tokens.items():
             if not torch.equal(contents.tokens.setdefault(token, row), row):
                 contents.twice = token

@@ -1,6 +1,6 @@
 """Samples made ready for the network: one entry per sample, stacked where their shapes agree."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -117,8 +117,10 @@ def sample_losses(
         objective: type of the loss.
         device: where it is computed.
     """
-    found = []
-    for group in _of_one_shape(batch):
+    found, shapes = [], {}
+    for sample in batch:
+        shapes.setdefault(sample.noisy.shape, []).append(sample)
+    for group in shapes.values():
         noisy = torch.stack([sample.noisy for sample in group]).to(device, plain.unet.dtype)
         timesteps = torch.tensor([sample.timestep for sample in group], device=device)
         prompts = [sample.prompt for sample in group]
@@ -138,10 +140,3 @@ def sample_losses(
             places = torch.stack([even if sample.places is None else sample.places for sample in group]).to(device)
         found.append(weights * losses(prediction, target, objective.loss_type, objective.huber_c, places))
     return torch.cat(found)
-
-
-def _of_one_shape(batch: Sequence[Sample]) -> Iterator[list[Sample]]:
-    shapes = {}
-    for sample in batch:
-        shapes.setdefault(sample.noisy.shape, []).append(sample)
-    yield from shapes.values()
