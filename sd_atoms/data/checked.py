@@ -113,7 +113,7 @@ def with_masks(pictures: Sequence[ImageRecord], accelerator=None) -> list[ImageR
 def load_checked(cache: Path) -> dict[str, ImageStats]:
     """Digest in hex -> stats without a name, of all images checked with this cache; a broken file of it is none."""
     found = {}
-    for path in sorted(_folder(cache).glob("*.safetensors")):
+    for path in sorted(_folder(cache).glob("[!.]*.safetensors")):
         with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError):
             parts = load_file(path)
             columns = (parts["digests"], parts["sizes"].tolist(), parts["flags"].tolist(), parts["cells"])

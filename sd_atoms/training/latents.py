@@ -156,7 +156,7 @@ def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, a
 
 def _intact(folder: Path) -> Iterator[tuple[safe_open, list[str]]]:
     """The shards of a folder with their names; a broken one counts as not there."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with contextlib.suppress(SafetensorError, OSError):
             file = safe_open(path, "pt")
             yield file, list(file.keys())

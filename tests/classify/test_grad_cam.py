@@ -139,9 +139,13 @@ def test_classifiers_work_where_accelerate_says(draw, monkeypatch):
         return classifier, file
 
     monkeypatch.setattr(cam, "load_classifier", watched)
-    monkeypatch.setattr(cam, "make_accelerator", lambda: SimpleNamespace(device="where it says"))
+    here = SimpleNamespace(device="where it says", is_main_process=True)
+    monkeypatch.setattr(cam, "make_accelerator", lambda: here)
     assert draw() == 0
     assert moved == ["where it says"] * 2
+    here.is_main_process = False  # the others leave it to the first one
+    assert draw() == 0
+    assert len(moved) == 2
 
 
 def test_images_are_read_once_for_the_maps_of_all(draw, monkeypatch):
