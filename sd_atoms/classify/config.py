@@ -46,10 +46,10 @@ class ModelSettings:
     model: str = setting(
         None, MODEL, "efficientnet-lite0, a folder or hub id of transformers, or timm:NAME", required=True
     )
-    keep_head: bool = setting(False, MODEL, "go on with the pretrained head, where it is of the same classes")
-    head_dropout: float = setting(
-        0.0, MODEL, "share of features that training drops before the head", low=0.0, high=0.9
+    keep_head: bool = setting(
+        False, MODEL, "go on with the pretrained head, which must have as many classes, instead of a new one"
     )
+    head_dropout: float = setting(0.0, MODEL, "dropout before the head", low=0.0, high=0.9)
     size_px: int | None = setting(None, MODEL, "side of the images; none = the model's own", low=32, high=2048)
     normalisation: str = setting(
         "model", MODEL, "of pixels: the model's own, or another", choices=tuple(NORMALISATIONS)
@@ -69,7 +69,9 @@ class ClassDataSettings:
     )
     dataset_dir: str | None = setting(None, DATA, "the images of vtab:TASK: a folder, or an id for `datasets`")
     test_data: str | None = setting(None, DATA, "folder of classes or CSV file to test on; none = as `data` has it")
-    test_share: float = setting(0.2, DATA, "of each class, where there are no test images", low=0.01, high=0.9)
+    test_share: float = setting(
+        0.2, DATA, "share of each class kept for testing, if there are no test images", low=0.01, high=0.9
+    )
     max_train_samples: int | None = setting(None, DATA, "learn from so many images only, drawn by the seed", low=1)
     max_test_samples: int | None = setting(None, DATA, "test on so many only, drawn by the seed", low=2)
     random_flip: bool = setting(False, DATA, "mirror half of the samples")

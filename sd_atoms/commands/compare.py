@@ -33,12 +33,18 @@ class Working:
     """How an experiment is worked through."""
 
     queue: QueueSettings = section(QueueSettings)
-    dry_run: bool = setting(False, HOW, "only list the runs, and what they will cost")
+    dry_run: bool = setting(False, HOW, "only list the runs and their cost")
     step_seconds: float | None = setting(
-        None, HOW, "of a training step, to tell the hours with dry_run before a run is done", low=0, needs=("dry_run",)
+        None,
+        HOW,
+        "seconds of a training step, for the hours that dry_run tells before a run is done",
+        low=0,
+        needs=("dry_run",),
     )
-    image_seconds: float | None = setting(None, HOW, "of drawing a picture, for the same", low=0, needs=("dry_run",))
-    run: str | None = setting(None, HOW, "do this one run here and now, as the jobs of a scheduler do")
+    image_seconds: float | None = setting(
+        None, HOW, "seconds of drawing a picture, for the same", low=0, needs=("dry_run",)
+    )
+    run: str | None = setting(None, HOW, "do this one run here and now, for a scheduler's jobs")
     merge: str | None = setting(
         None, HOW, "other folders of the same experiment, comma-separated; their finished runs are copied"
     )

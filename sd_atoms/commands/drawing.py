@@ -49,7 +49,7 @@ class Settings:
     )
     revision: str | None = setting(None, MODEL, "git revision of the base")
     variant: str | None = setting(None, MODEL, "file variant of the base such as fp16")
-    dtype: str = setting("fp32", MODEL, "of the weights", choices=tuple(DTYPES))
+    dtype: str = setting("fp32", MODEL, "precision of the weights", choices=tuple(DTYPES))
 
     prompt: tuple[str, ...] = setting(
         (), WHAT, "a prompt, {} for the concept if you like; the flag may come several times", many=True
@@ -77,7 +77,7 @@ class Settings:
     image_strength: float | None = setting(
         None,
         START,
-        f"share of the steps that is drawn on it; none = {IMAGE_STRENGTH:g}, with a mask {MASK_STRENGTH:g}",
+        f"share of the steps that are drawn on it; none = {IMAGE_STRENGTH:g}, with a mask {MASK_STRENGTH:g}",
         low=0.0,
         high=1.0,
         needs=["image"],
@@ -99,12 +99,12 @@ class Settings:
         None, HOW, "options of the sampler as diffusers has them: use_karras_sigmas=true,timestep_spacing=trailing"
     )
     resolution: int | None = setting(
-        None, HOW, "side in pixels, of a picture to start from the side of its area; none = as in training",
+        None, HOW, "side in pixels of a square picture; image is scaled to the same area; none = as in training",
         low=32, high=4096,
     )  # fmt: skip
     width: int | None = setting(None, HOW, "in pixels; none = as resolution says", low=32, high=4096)
     height: int | None = setting(None, HOW, "in pixels; none = as resolution says", low=32, high=4096)
-    generation_batch_size: int = setting(1, HOW, "pictures a process draws together; last bits follow it", low=1)
+    generation_batch_size: int = setting(1, HOW, "pictures a process draws at once; may change last bits", low=1)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ class Settings:
     """Settings of `sd-atoms evaluate`."""
 
     folder: str = setting(None, WHAT, "folder of images", required=True, positional=True)
-    pattern: str = setting("*", WHAT, "only images whose names fit, such as 'prompt-*'")
-    reference: str | None = setting(None, WHAT, "folder of real images; none = only what needs none")
+    pattern: str = setting("*", WHAT, "only images whose names match, such as 'prompt-*'")
+    reference: str | None = setting(None, WHAT, "folder of real images; none = only metrics that need none")
     replace: str | None = setting(
-        None, WHAT, "'<castle>=castle': the word that a network knows in the place of the new one, in prompts"
+        None, WHAT, "'<castle>=castle': in prompts, replace the new word by one that the networks know"
     )
 
     networks: str = setting(
@@ -49,11 +49,15 @@ class Settings:
     metrics: str = setting(
         ",".join(GROUPS), HOW, f"comma-separated, of {', '.join(MORE_GROUPS)}; the last needs masks in reference"
     )
-    resize: str = setting("antialiased", HOW, "how images come to a network's size", choices=RESIZES)
-    draws: int = setting(100, HOW, "of the bootstrap that makes the intervals (95 %)", low=2, high=10_000)
+    resize: str = setting("antialiased", HOW, "how images are resized for a network", choices=RESIZES)
+    draws: int = setting(100, HOW, "draws of the bootstrap for the 95 % intervals", low=2, high=10_000)
     seed: int = setting(0, HOW, "of the bootstrap and of random subsets", low=0)
-    cache_dir: str | None = setting(None, HOW, "keep features there, by the content of the images; none = do not")
-    on_bad_image: str = setting("error", HOW, "what an image that cannot be read means", choices=("error", "skip"))
+    cache_dir: str | None = setting(
+        None, HOW, "folder that keeps features, by the content of the images; none = do not"
+    )
+    on_bad_image: str = setting(
+        "error", HOW, "what to do with an image that cannot be read", choices=("error", "skip")
+    )
 
     json: str | None = setting(None, RESULT, "also write all figures to this file")
     overwrite: bool = setting(False, RESULT, "replace that file where it exists")

@@ -47,13 +47,13 @@ class Settings:
     base_config: str | None = setting(
         None, WHAT, "of a base in one file: a folder or hub id with its configs; none = as the adapter's run says"
     )
-    other_base: bool = setting(False, WHAT, "also where the base is another than the adapter's")
-    strength: str = setting("1", WHAT, "of the adapter; of several one number for all, or one each: 0.7,0.5")
+    other_base: bool = setting(False, WHAT, "allow a base other than the adapter's own")
+    strength: str = setting("1", WHAT, "of the adapter; for several, one number for all or one each: 0.7,0.5")
 
     to: str | None = setting(None, HOW, f"kinds, with commas between them: {', '.join(KINDS)}; none = tell about them")
     dtype: str = setting("fp16", HOW, "of the numbers written", choices=tuple(DTYPES))
     lossy_rank: int | None = setting(None, HOW, "of lora: the nearest LoRA of this rank; none = exact", low=1)
-    name: str | None = setting(None, HOW, "what the files are called; none = as the run or the file")
+    name: str | None = setting(None, HOW, "name of the files; none = that of the run or file")
     out: str | None = setting(None, HOW, "folder for them; none = `export` in the run or beside the file")
     overwrite: bool = setting(False, HOW, "replace files that are there")
 

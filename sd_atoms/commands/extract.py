@@ -52,11 +52,15 @@ class Settings:
 
     m: int = setting(9, ATOMS, "atoms per layer", low=0)
     m1: int = setting(0, ATOMS, "overcomplete atoms mixed per input channel; 0 = one for all", low=0)
-    kc: int = setting(0, ATOMS, "block atoms over kc×kc channels, of 1×1 and Linear layers; 0 = none", low=0)
+    kc: int = setting(
+        0, ATOMS, "block atoms over kc×kc channels of 1×1 and Linear layers, for target=conv+linear; 0 = none", low=0
+    )
     target: str = setting("conv3x3", ATOMS, "which layers: a named set or an expression over module names")
 
-    floor: float = setting(0.5, RESULT, "least share of the change that is worth keeping", low=0.0, high=1.0)
-    force: bool = setting(False, RESULT, "write it below the floor too")
+    floor: float = setting(
+        0.5, RESULT, "refuse atoms that explain less than this share of the change", low=0.0, high=1.0
+    )
+    force: bool = setting(False, RESULT, "write them even so")
     out: str = setting(None, RESULT, "the .safetensors file to write", required=True)
     prompt: str | None = setting(
         None,

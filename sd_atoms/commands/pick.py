@@ -23,7 +23,7 @@ class Settings:
 
     run: str = setting(None, WHAT, "run folder", required=True, positional=True)
     step: int = setting(None, WHAT, "of the checkpoint", required=True, low=1)
-    strength: float = setting(1.0, WHAT, "what the adapter is to do at strength 1", low=-10.0, high=10.0)
+    strength: float = setting(1.0, WHAT, "strength of the run's adapter that becomes strength 1", low=-10.0, high=10.0)
     pretrained_model_name_or_path: str | None = setting(
         None, WHAT, "where the run's base is now; none = where it was", aliases=["base"]
     )

@@ -56,7 +56,7 @@ class Settings:
         file=True,
     )
     seeds: str = setting("0-1", WHAT, "such as 0-3,7: one picture per prompt and seed in each cell")
-    token: str | None = setting(None, WHAT, "of a run of several concepts, the token of one; none = the first")
+    token: str | None = setting(None, WHAT, "which concept of a run of several, by its token; none = the first")
     pretrained_model_name_or_path: str | None = setting(
         None, WHAT, "where the run's base is now; none = where it was", aliases=["base"]
     )

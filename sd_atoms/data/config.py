@@ -90,7 +90,11 @@ class DataSettings:
         unless=("concepts", "dataset_name"),
     )
     instance_prompt: str | None = setting(
-        None, DATA, 'what they show, such as "photo of a <castle>"', required=True, unless=("concepts", "dataset_dir")
+        None,
+        DATA,
+        'prompt of these pictures, such as "photo of a <castle>"',
+        required=True,
+        unless=("concepts", "dataset_dir"),
     )
     instance_prompts_file: str | None = setting(
         None,
@@ -119,39 +123,46 @@ class DataSettings:
         "with the prompts of its classes (sd-atoms vtab table)",
     )
     dataset_dir: str | None = setting(
-        None, DATA, "where a task of VTAB lies: its folder, one that holds it, or a hub id", needs=["dataset_name"]
+        None, DATA, "folder of the VTAB task, or one that contains it, or a hub id", needs=["dataset_name"]
     )
     dataset_config_name: str | None = setting(
         None, DATA, "configuration of the data set; none = its only one", needs=["dataset_name"]
     )
     dataset_split: str = setting("train", DATA, "split of the data set", needs=["dataset_name"])
-    image_column: str = setting("image", DATA, "column of its pictures", needs=["dataset_name"])
-    label_column: str = setting("label", DATA, "column of the classes of a task of VTAB", needs=["dataset_dir"])
+    image_column: str = setting("image", DATA, "column of pictures", needs=["dataset_name"])
+    label_column: str = setting("label", DATA, "column of classes of a VTAB task", needs=["dataset_dir"])
     caption_column: str | None = setting(
-        None, DATA, "column of its captions; none = instance_prompt for all", needs=["dataset_name"]
+        None, DATA, "column of captions; none = instance_prompt for all", needs=["dataset_name"]
     )
     max_train_samples: int | None = setting(
-        None, DATA, "only so many of its rows; none = all", low=1, needs=["dataset_name"]
+        None, DATA, "use only so many rows of the data set; none = all", low=1, needs=["dataset_name"]
     )
     class_balanced: bool = setting(
-        False, DATA, "as many samples of each class of a task: images of rare ones come again", needs=["dataset_dir"]
+        False,
+        DATA,
+        "equally many samples of each class of a VTAB task: images of rare ones are repeated",
+        needs=["dataset_dir"],
     )
     caption_dropout: float = setting(0.0, DATA, "share of samples with an empty prompt", low=0.0, high=1.0)
     resolution: int | None = setting(
         None, DATA, "side of the training pictures in pixels; none = the base's", low=32, high=4096
     )
     aspect_ratio_buckets: bool = setting(
-        False, DATA, "keep each picture's shape, at the nearest of some sizes of the same area"
+        False, DATA, "keep aspect ratios: each picture goes to the nearest of some sizes of the same area"
     )
     center_crop: bool = setting(False, DATA, "crop in the middle; otherwise at a place drawn once per picture")
     # many subjects are not symmetric
     random_flip: bool = setting(False, DATA, "mirror half of the samples")
     image_interpolation_mode: str = setting("lanczos", DATA, "filter for resizing", choices=RESAMPLING)
-    on_bad_image: str = setting("error", DATA, "what a picture that cannot be read means", choices=("error", "skip"))
+    on_bad_image: str = setting(
+        "error", DATA, "what to do with a picture that cannot be read", choices=("error", "skip")
+    )
     latents_in_memory: int = setting(
         2**30, DATA, "bytes of latents that each process may hold; beyond, they are read from disk as needed", low=0
     )
-    cache_dir: str | None = setting(None, DATA, "keep latents and text states there for later runs; none = do not")
+    cache_dir: str | None = setting(
+        None, DATA, "folder that keeps latents and text states for later runs; none = do not"
+    )
 
     @property
     def task(self) -> Task | None:

@@ -47,11 +47,11 @@ class ClusterSettings:
     """Where the runs are worked through."""
 
     executor: str = setting("local", HOW, "where: on this machine, by Slurm or by Ray", choices=EXECUTORS)
-    workers: int = setting(1, HOW, "array tasks of Slurm, each does one run after the other", low=1, high=10_000,
+    workers: int = setting(1, HOW, "array tasks of Slurm, each doing one run after the other", low=1, high=10_000,
                            needs=["executor=slurm"])  # fmt: skip
     cpus: int = setting(1, HOW, "cores of a worker or task", low=1, needs=["executor=slurm|ray"])
     gpus: float = setting(
-        0.0, HOW, "graphics cards of a worker or task; of Ray also a share", low=0.0, needs=["executor=slurm|ray"]
+        0.0, HOW, "GPUs of a worker or task; with Ray also a fraction", low=0.0, needs=["executor=slurm|ray"]
     )
     hours: float = setting(24.0, HOW, "time limit of a worker", low=0.01, needs=["executor=slurm"])
     partition: str | None = setting(None, HOW, "of Slurm; none = its own default", needs=["executor=slurm"])

@@ -42,7 +42,7 @@ class BaseSettings:
         aliases=["base"],
     )
     base_config: str | None = setting(
-        None, MODEL, "of a base in one file: a folder or hub id with the configs and tokenizer of its kind"
+        None, MODEL, "for a base in one file: a folder or hub id with the configs and tokenizer of that kind of model"
     )
     revision: str | None = setting(None, MODEL, "git revision of a hub id; none = its main branch")
     variant: str | None = setting(None, MODEL, "file variant of the base such as fp16; none = the plain files")
@@ -53,7 +53,7 @@ class TextSettings:
     """The new words, and what is trained of the text encoder."""
 
     placeholder_token: str | None = setting(
-        None, TOKEN, "new word for the concept, such as <castle>, or several with spaces between; none = no new word"
+        None, TOKEN, "new word for the concept, such as <castle>, or several separated by spaces; none = no new word"
     )
     initializer_token: str | None = setting(
         None, TOKEN, "word of the base that the new word starts from, or one for each"
@@ -62,12 +62,16 @@ class TextSettings:
     train_token_embedding: bool = setting(False, TOKEN, "also train the new word's embedding row")
     train_text_encoder: bool = setting(False, TOKEN, "also adapt the text encoder's attention")
     text_adapter: str = setting(
-        "atoms", TOKEN, "how: block atoms or LoRA", choices=TEXT_ADAPTERS, needs=["train_text_encoder"]
+        "atoms",
+        TOKEN,
+        "adapter of the text encoder: block atoms or LoRA",
+        choices=TEXT_ADAPTERS,
+        needs=["train_text_encoder"],
     )
     text_kc: int = setting(
         4,
         TOKEN,
-        "block atoms of the text encoder over text_kc x text_kc channels",
+        "its block atoms are over text_kc x text_kc channels",
         low=1,
         needs=["train_text_encoder", "text_adapter=atoms"],
     )
@@ -85,7 +89,7 @@ class PriorSettings:
         choices=PRIORS,
         aliases={"with_prior_preservation": "images"},
     )
-    class_prompt: str | None = setting(None, PRIOR, 'what is kept, such as "photo of a castle"')
+    class_prompt: str | None = setting(None, PRIOR, 'prompt of the class to keep, such as "photo of a castle"')
     class_prompts_file: str | None = setting(
         None,
         PRIOR,
@@ -94,7 +98,7 @@ class PriorSettings:
         needs=["prior=teacher"],
     )
     class_data_dir: str | None = setting(None, PRIOR, "folder of class pictures; missing ones are drawn by the base")
-    num_class_images: int = setting(100, PRIOR, "class pictures that are used", low=1, needs=["prior=images"])
+    num_class_images: int = setting(100, PRIOR, "class pictures to use", low=1, needs=["prior=images"])
     prior_loss_weight: float = setting(
         1.0, PRIOR, "weight of the prior against the concept", low=0.0, needs=["prior=images|teacher"]
     )
@@ -119,10 +123,22 @@ class MethodSettings:
     )
     block_size: int | None = setting(None, ADAPTER, "of OFT: inputs rotated together; none = 32", low=2)
     m: int = setting(9, ADAPTER, "atoms per layer; 9 of a 3x3 filter can move every tap; 0 = block atoms only", low=0)
-    m1: int = setting(0, ADAPTER, "overcomplete: atoms mixed per input channel out of m1 each; 0 = shared", low=0)
+    m1: int = setting(
+        0,
+        ADAPTER,
+        "overcomplete: each atom of an input channel mixes m1 trained ones; 0 = all channels share their atoms",
+        low=0,
+    )
     train_beta: bool = setting(True, ADAPTER, "also train the mixing of overcomplete atoms")
-    kc: int = setting(0, ADAPTER, "block atoms over kc x kc channels on 1x1 and Linear layers; 0 = none", low=0)
-    m_c: int = setting(0, ADAPTER, "block atoms per layer are m_c x kc x kc; 0 = exact", low=0, needs=["kc"])
+    kc: int = setting(
+        0,
+        ADAPTER,
+        "block atoms over kc x kc channels on 1x1 and Linear layers, for target=conv+linear; 0 = none",
+        low=0,
+    )
+    m_c: int = setting(
+        0, ADAPTER, "a layer has m_c x kc x kc block atoms; 0 = as many as make them exact", low=0, needs=["kc"]
+    )
     block_layers: str = setting(
         "pointwise", ADAPTER, "which layers get block atoms", choices=BLOCK_LAYERS, needs=["kc"]
     )
@@ -162,7 +178,7 @@ class LoopSettings:
     """How many samples make a step, how many steps a run, and the seed of all that is random."""
 
     seed: int = setting(0, RUN, "fixes everything that is drawn", low=0, high=2**32 - 1)
-    train_batch_size: int = setting(4, RUN, "pictures per process and step", low=1)
+    train_batch_size: int = setting(4, RUN, "pictures per process and forward pass", low=1)
     gradient_accumulation_steps: int = setting(
         1, RUN, "batches per optimiser step", low=1, environment="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     )
@@ -176,10 +192,15 @@ class ObjectiveSettings:
     """What the network should say, and how far off it is."""
 
     prediction_type: str | None = setting(
-        None, OBJECTIVE, "what the base predicts; none = as its scheduler says", choices=("epsilon", "v_prediction")
+        None,
+        OBJECTIVE,
+        "what the base predicts; none = as its scheduler config says",
+        choices=("epsilon", "v_prediction"),
     )
-    snr_gamma: float | None = setting(None, OBJECTIVE, "min-SNR weights, 5 is usual; none = all alike", low=0.0)
-    loss_type: str = setting("l2", OBJECTIVE, "distance of prediction and target", choices=LOSSES)
+    snr_gamma: float | None = setting(
+        None, OBJECTIVE, "gamma of min-SNR weighting, 5 is usual; none = no weighting", low=0.0
+    )
+    loss_type: str = setting("l2", OBJECTIVE, "distance between prediction and target", choices=LOSSES)
     huber_c: float = setting(
         0.1,
         OBJECTIVE,
@@ -190,14 +211,19 @@ class ObjectiveSettings:
     mask_weight: float = setting(
         0.1,
         OBJECTIVE,
-        "of what masks leave out, where the subject has 1; the loss is the weighted mean",
+        "loss weight outside the mask, where the subject has 1; the loss is the weighted mean",
         low=0.0,
         high=1.0,
         needs=["masks"],
     )
-    noise_offset: float = setting(0.0, OBJECTIVE, "noise of a whole channel, for darker and lighter pictures", low=0.0)
+    noise_offset: float = setting(
+        0.0,
+        OBJECTIVE,
+        "strength of extra noise that is constant over each channel, for darker and lighter pictures",
+        low=0.0,
+    )
     rescale_betas_zero_snr: bool = setting(
-        False, OBJECTIVE, "last timestep is pure noise; needs a base that predicts v"
+        False, OBJECTIVE, "make the last timestep pure noise (zero terminal SNR); needs a base that predicts v"
     )
 
 
@@ -205,10 +231,12 @@ class ObjectiveSettings:
 class OptimiserSettings:
     """How trained parameters move."""
 
-    optimizer: str = setting("adamw", OPTIMISER, "adamw8bit and prodigy are extras", choices=OPTIMISERS)
+    optimizer: str = setting(
+        "adamw", OPTIMISER, "adamw8bit needs sd-atoms[8bit], prodigy sd-atoms[prodigy]", choices=OPTIMISERS
+    )
     # atoms are of unit norm and few, so they take steps a hundred times those of LoRA
     learning_rate: float | None = setting(
-        None, OPTIMISER, f"of what is trained in the UNet; none = by its kind: {_listed(KIND_RATES)}", low=0.0
+        None, OPTIMISER, f"for what the method trains in the UNet; none = by its kind: {_listed(KIND_RATES)}", low=0.0
     )
     beta_learning_rate: float | None = setting(
         None, OPTIMISER, f"of β; none = {RATES['beta']:g}", low=0.0, needs=["m1"]
@@ -228,7 +256,7 @@ class OptimiserSettings:
         needs=["train_text_encoder"],
     )
     lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
-    lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps of rising learning rate", low=0)
+    lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps over which the learning rate rises", low=0)
     lr_num_cycles: int = setting(
         1, OPTIMISER, "restarts of cosine_with_restarts", low=1, needs=["lr_scheduler=cosine_with_restarts"]
     )
@@ -237,11 +265,9 @@ class OptimiserSettings:
     adam_beta2: float = setting(
         0.99, OPTIMISER, "decay of their squares; 0.999 looks back further than 300 steps", low=0.0, high=0.9999999
     )
-    adam_weight_decay: float = setting(
-        0.0, OPTIMISER, "pull of the changes towards zero; a few thousand numbers need none", low=0.0
-    )
-    adam_epsilon: float = setting(1e-8, OPTIMISER, "smallest divisor", low=0.0)
-    max_grad_norm: float = setting(1.0, OPTIMISER, "gradients are scaled down to this norm; 0 = never", low=0.0)
+    adam_weight_decay: float = setting(0.0, OPTIMISER, "weight decay; a few thousand numbers need none", low=0.0)
+    adam_epsilon: float = setting(1e-8, OPTIMISER, "added to the divisor", low=0.0)
+    max_grad_norm: float = setting(1.0, OPTIMISER, "clip the norm of the gradient to this; 0 = never", low=0.0)
     ema_decay: float = setting(
         0.0, OPTIMISER, "save a running mean of the trained numbers, such as 0.99; 0 = the last ones", low=0.0,
         high=0.99999,
@@ -253,26 +279,28 @@ class ValidationSettings:
     """What is looked at on the way."""
 
     validation_prompt: str | None = setting(
-        None, VALIDATION, "prompt of the pictures drawn on the way; none = no pictures"
+        None, VALIDATION, "prompt of pictures drawn during training; none = no pictures"
     )
     validation_steps: int = setting(
-        100, VALIDATION, "optimiser steps between them", low=1, needs=["validation_prompt"]
+        100, VALIDATION, "optimiser steps between pictures of validation_prompt", low=1, needs=["validation_prompt"]
     )
-    num_validation_images: int = setting(4, VALIDATION, "how many", low=1, high=10_000, needs=["validation_prompt"])
+    num_validation_images: int = setting(
+        4, VALIDATION, "how many of them", low=1, high=10_000, needs=["validation_prompt"]
+    )
     validation_loss_steps: int | None = setting(
         None, VALIDATION, "optimiser steps between losses at fixed noise and timesteps; none = no such loss", low=1
     )
     holdout_images: int = setting(
         0,
         VALIDATION,
-        "pictures kept out of training for that loss; 0 = it is of all",
+        "pictures kept out of training for the validation loss; 0 = it is measured on all",
         low=0,
         needs=["validation_loss_steps"],
     )
     keep: str = setting(
         "last",
         VALIDATION,
-        "which step becomes the adapter; best = of the lowest such loss",
+        "which step becomes the adapter; best = the one of lowest validation loss",
         choices=("last", "best"),
         needs=["validation_loss_steps"],
     )
@@ -283,20 +311,20 @@ class ImageSettings:
     """The images at the end and their scores."""
 
     prompts_file: str | None = setting(
-        None, PICTURES, "templates with {}; one picture each by the base and by the adapter", file=True
+        None, PICTURES, "prompts with {} for the concept; one picture each by the base and by the adapter", file=True
     )
     num_instance_images: int = setting(20, PICTURES, "pictures of instance_prompt", low=1, high=10_000)
     guidance_scale: float = setting(7.5, PICTURES, "classifier-free guidance, also of validation", low=0.0)
     num_inference_steps: int = setting(25, PICTURES, "denoising steps, also of validation", low=1, high=1000)
     scheduler: str = setting("ddim", PICTURES, "sampler, also of validation; base = the base's own", choices=SAMPLERS)
     generation_batch_size: int = setting(
-        1, PICTURES, "pictures a process draws together; the last bits of a picture follow it", low=1
+        1, PICTURES, "pictures a process draws at once; may change their last bits", low=1
     )
     contact_sheet: bool = setting(
         False, PICTURES, "also draw every checkpoint at several strengths on one sheet, as sd-atoms sheet does"
     )
     clip_model_name_or_path: str | None = setting(
-        None, PICTURES, "CLIP that scores them: pocket:clip, a folder or a hub id; none = no scores"
+        None, PICTURES, "CLIP that scores the pictures: pocket:clip, a folder or a hub id; none = no scores"
     )
 
     @property
@@ -312,13 +340,13 @@ class OutputSettings:
     output_dir: str = setting("runs/atoms", RUN, "run folder")
     overwrite: bool = setting(False, RUN, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = setting(None, RUN, "a checkpoint file of this run, or latest")
-    strict_resume: bool = setting(False, RUN, "refuse to go on where pictures or prompts changed, not only warn")
+    strict_resume: bool = setting(False, RUN, "refuse to resume, instead of warning, if pictures or prompts changed")
     checkpointing_steps: int = setting(100, RUN, "optimiser steps between checkpoints", low=1)
-    checkpoints_total_limit: int | None = setting(None, RUN, "how many checkpoints stay; none = all", low=1)
+    checkpoints_total_limit: int | None = setting(None, RUN, "keep so many checkpoints; none = all", low=1)
     report_to: str = setting(
         "tensorboard",
         MACHINE,
-        "curves and validation pictures: trackers such as tensorboard,wandb, all installed, or none",
+        "trackers of curves and validation pictures, such as tensorboard,wandb; all = those installed, none = none",
     )
 
 
@@ -336,7 +364,7 @@ class PrecisionSettings:
     allow_tf32: bool = setting(
         False,
         MACHINE,
-        "faster float32 matrix products on recent NVIDIA cards, a little less exact; PyTorch's convolutions have it "
+        "faster, slightly less exact float32 matrix products on recent NVIDIA GPUs; PyTorch's convolutions use it "
         "anyway",
     )
 
