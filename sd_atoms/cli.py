@@ -3,9 +3,11 @@
 A command is a module of `sd_atoms.commands`: its docstring describes it, `Settings` are its flags, `run` does it.
 """
 
+import ast
 import codecs
 import errno
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +16,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
@@ -61,17 +64,26 @@ def train_main(words: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> None:
     program = "sd-atoms"
-    command = _choose(words, program, COMMANDS, "Personalise Stable Diffusion by training only filter atoms.")
+    about = "Personalise Stable Diffusion by training only filter atoms."
+    command = _choose(words, program, COMMANDS, "sd_atoms.commands", about)
     _start(command, words[1:], f"{program} {command}")
 
 
-def _choose(words: list[str], program: str, choices: Sequence[str], description: str) -> str:
-    """The first word, if it is one of the choices; else help, or an error that names them."""
+def _choose(words: list[str], program: str, choices: Sequence[str], package: str, description: str) -> str:
+    """The first word, if it is one of the choices, modules of a package; else help, or an error that names them."""
     if not words or words[0] not in choices:
         parser = Parser(prog=program, description=description)
-        parser.add_argument("command", choices=choices, metavar="{" + ",".join(choices) + "}", help="what to do")
+        commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        for choice in choices:
+            commands.add_parser(choice, help=_summary(f"{package}.{choice.replace('-', '_')}"))
         parser.parse_args(words[:1])
     return words[0]
+
+
+def _summary(module: str) -> str:
+    """What the docstring of a module begins with; nothing of it is imported, which would take seconds for all."""
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    return " ".join(ast.get_docstring(ast.parse(source)).partition("\n\n")[0].split()).replace("%", "%%")
 
 
 def _start(command: str, words: list[str], program: str) -> None:
@@ -80,7 +92,7 @@ def _start(command: str, words: list[str], program: str) -> None:
 
     words, settings = [_underscored(word) for word in words], getattr(module, "Settings", None)
     if command in VERBS:
-        verb = _choose(words, program, VERBS[command], module.__doc__)
+        verb = _choose(words, program, VERBS[command], module.__name__, module.__doc__)
         module = importlib.import_module(f"{module.__name__}.{verb.replace('-', '_')}")
         words, program, settings = words[1:], f"{program} {verb}", getattr(module, "Settings", None)
         command = f"{command} {verb}"

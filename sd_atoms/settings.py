@@ -38,6 +38,7 @@ def setting(
     environment: str | None = None,
     file: bool = False,
     needs: Sequence[str] = (),
+    elsewhere: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -56,9 +57,11 @@ def setting(
         file: names a file; in a YAML file it counts from there, where such a file is there. The word none is no file.
         needs: what it does nothing without: another setting, as "dataset_name", or some values of it, as
             "loss_type=huber|smooth_l1".
+        elsewhere: what other programs call it; who takes such a name is told ours.
     """
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required, unless=unless)
     metadata |= dict(item=item, many=many, positional=positional, environment=environment, file=file, needs=needs)
+    metadata |= dict(elsewhere=elsewhere)
     metadata |= dict(aliases=dict(aliases) if isinstance(aliases, Mapping) else dict.fromkeys(aliases))
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -191,7 +194,9 @@ def resolve(
         UserError: everything that is wrong, in one line.
     """
     fields = fields_of(settings)
-    problems = [f"unknown flag {word}{near(word.lstrip('-'), fields)}" for word in unknown if word.startswith("--")]
+    problems = [
+        f"unknown flag {word}{near(word.lstrip('-'), _names(fields))}" for word in unknown if word.startswith("--")
+    ]
     problems += [f"unexpected word {word!r}" for word in unknown[:1] if not word.startswith("--")]
     values = launcher_settings(settings)
     for origin, entries in ((config_path, read_config(config_path) if config_path else {}), (None, flags)):
@@ -202,9 +207,8 @@ def resolve(
                 where = "" if name not in fields else f"--{name}: " if origin is None else f"{name}: "
                 problems.append(f"{where}{error}")
                 continue
-            if origin is not None and fields[name][1].metadata["file"] and isinstance(values[name], str):
-                beside = Path(origin).parent / values[name]
-                values[name] = str(beside) if beside.is_file() else values[name]
+            if origin is not None:
+                values[name] = _from_there(Path(origin).parent, fields[name][1], values[name])
     reported = {problem.split(":")[0].lstrip("-") for problem in problems}
     for name, (_, field) in fields.items():
         excused = any(values.get(other) not in (None, ()) for other in field.metadata["unless"])
@@ -217,6 +221,23 @@ def resolve(
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(source + count + "; ".join(problems))
     return build(settings, values)
+
+
+def _names(fields: Mapping[str, tuple[type, dataclasses.Field]]) -> dict[str, str]:
+    """Every name that somebody may take for a setting -> its own."""
+    return {other: name for name, (_, field) in fields.items() for other in (name, *field.metadata["elsewhere"])}
+
+
+def _from_there(folder: Path, field: dataclasses.Field, value: Any) -> Any:
+    """A value of a YAML file in that folder: files count from there, where they are there."""
+    if field.metadata["item"] and value:
+        own = dataclasses.fields(field.metadata["item"])
+        return tuple(
+            dataclasses.replace(entry, **{f.name: _from_there(folder, f, getattr(entry, f.name)) for f in own})
+            for entry in value
+        )
+    is_there = field.metadata["file"] and isinstance(value, str) and (folder / value).is_file()
+    return str(folder / value) if is_there else value
 
 
 def launcher_settings(settings: type) -> dict[str, Any]:
@@ -323,7 +344,7 @@ def coerced(settings: type, name: Any, value: Any) -> Any:
     """
     fields = fields_of(settings)
     if name not in fields:
-        raise ValueError(f"unknown key {shown(name)}{near(name if isinstance(name, str) else '', fields)}")
+        raise ValueError(f"unknown key {shown(name)}{near(name if isinstance(name, str) else '', _names(fields))}")
     owner, field = fields[name]
     item = field.metadata["item"]
     if field.metadata["many"]:

@@ -113,6 +113,26 @@ def test_several_concepts_come_from_yaml_and_go_back_into_it(tmp_path):
     assert resolve(TrainConfig, {}, str(again)) == config
 
 
+def test_files_of_a_concept_count_from_the_file_that_names_them(tmp_path):
+    path, prompts = tmp_path / "c.yaml", tmp_path / "lines.txt"
+    prompts.touch()
+    entry = "{instance_data_dir: a, instance_prompt: a cat, initializer_token: cat, instance_prompts_file: %s}"
+    path.write_text(
+        f"pretrained_model_name_or_path: pocket\nconcepts: [{entry % 'lines.txt'}, {entry % 'few_shot'}]\n"
+    )
+    found = [concept.instance_prompts_file for concept in resolve(TrainConfig, {}, str(path)).data.concepts]
+    assert found == [str(prompts), "few_shot"]
+
+
+def test_who_takes_another_programs_name_is_told_ours():
+    with pytest.raises(UserError) as caught:
+        resolve(TrainConfig, {"base": "pocket"}, None, ["--network_dim=4", "--min_snr_gamma", "--enable_bucket"])
+    for theirs, ours in (("network_dim=4", "rank"), ("min_snr_gamma", "snr_gamma"), ("enable_bucket", "aspect_ratio")):
+        assert f"unknown flag --{theirs} (did you mean {ours}" in str(caught.value)
+    flags = {"base": "pocket", "instance_data_dir": "a", "instance_prompt": "a cat", "use_8bit_adam": True}
+    assert resolve(TrainConfig, flags).optimiser.optimizer == "adamw8bit"
+
+
 def test_every_mistake_in_a_list_of_concepts_is_reported_at_once(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
@@ -186,6 +206,7 @@ def test_packaged_files_go_by_short_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve(TrainConfig, {}, "pocket/castle").text.placeholder_token == "<castle>"
     assert len(load_templates("few_shot")) == 20
+    assert len(load_templates(resolve(TrainConfig, {}, "sd14/style").images.prompts_file)) == 12
     with pytest.raises(UserError, match="pocket/palace: cannot be read"):
         resolve(TrainConfig, {}, "pocket/palace")
 

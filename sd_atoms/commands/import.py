@@ -1,4 +1,4 @@
-"""Turns a file of kohya, LyCORIS, ComfyUI or diffusers into an adapter of ours, changed by nothing.
+"""Turns a file of kohya, LyCORIS, ComfyUI or diffusers into an adapter of ours, its numbers as they are.
 
 `--adapter` of every command takes such a file as it is, too; this one says what fits a base and what does not.
 """

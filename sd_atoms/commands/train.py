@@ -283,7 +283,8 @@ def show_validation(prompt: str, count: int, pipe, accelerator, sampling: Sampli
 def next_steps(config: TrainConfig, adapter: Path) -> list[str]:
     """Commands to try after a run."""
     concept = config.all_concepts[0].word or config.all_concepts[0].instance_prompt
-    words = ["sd-atoms", "generate", "--adapter", str(adapter), "--prompts", "few_shot", "--seeds", "0-3"]
+    prompts = config.images.prompts_file or "few_shot"
+    words = ["sd-atoms", "generate", "--adapter", str(adapter), "--prompts", prompts, "--seeds", "0-3"]
     commands = [shlex.join([*words, "--out", str(adapter.parent / "more")])]
     if "tensorboard" in trackers_of(config.output.report_to):
         commands.append(shlex.join(["tensorboard", "--logdir", str(adapter.parent / CURVES)]))

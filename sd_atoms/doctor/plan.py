@@ -3,6 +3,7 @@
 from sd_atoms.data.images import scan_folder
 from sd_atoms.doctor.findings import Finding, plural
 from sd_atoms.errors import UserError
+from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.settings import replaced
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.diffusion import adapter_config, sized, text_adapter_config
@@ -24,6 +25,10 @@ def trainable_params(config: TrainConfig, pipe) -> tuple[int, list[Finding]]:
     except UserError as error:
         fix = "conv3x3 takes m up to 9, 1x1 and Linear layers take kc" if method.name == "atoms" else ""
         return 0, [Finding("error", f"target={config.method.target!r}", str(error), fix)]
+    blocks = config.method.kc and method.name == "atoms"
+    if blocks and not any("_block_" in key for key in adapter_shapes(pipe.unet, adapter)):
+        message = f"no layer of target={config.method.target or method.default_target!r} takes block atoms"
+        return 0, [Finding("error", f"kc={config.method.kc}", message, "--target conv+linear, or --block_layers all")]
     if text.train_token_embedding:
         width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
         parts["embedding rows"] = width * len(config.tokens)

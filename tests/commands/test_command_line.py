@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sd_atoms.cli import main, train_main
+from sd_atoms.cli import COMMANDS, VERBS, main, train_main
 from sd_atoms.generation import image_notes
 from sd_atoms.pipeline import read_artefact
 from sd_atoms.sources import packaged_path
@@ -390,6 +391,15 @@ def test_bad_flags_are_one_line_and_exit_code_2(words, capsys):
     assert len(error.splitlines()) == 1
     assert main(["nonsense"]) == 2
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "names"), [([], COMMANDS), *(([name], own) for name, own in VERBS.items())])
+def test_help_says_what_each_command_does(words, names, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    said = capsys.readouterr().out.partition("COMMAND\n")[2]
+    for name in names:
+        assert re.search(rf"^    {name}\s+[A-Z]\w+", said, re.MULTILINE)
 
 
 def test_a_run_is_never_overwritten_by_accident(trained, tmp_path, capsys):

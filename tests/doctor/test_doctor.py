@@ -269,6 +269,7 @@ def test_a_validation_prompt_without_the_concept(pocket):
         dict(),
         dict(m=6, m1=3),
         dict(target="conv+linear", kc=4, train_token_embedding=True),
+        dict(kc=2, m=0, block_layers="all"),
         dict(target=r".*conv1", train_text_encoder=True),
         dict(train_text_encoder=True, text_adapter="lora"),
     ],
@@ -291,6 +292,7 @@ def test_trainable_params_are_those_of_the_run(pipe, settings):
         (dict(target="nothing"), "target='nothing': FILTER_ATOMS: Target modules nothing not found"),
         (dict(m=10), "28 layers do not fit: conv_in has filters of 9 taps, fewer than m=10"),
         (dict(target="["), "target='[': FILTER_ATOMS: unterminated character set"),
+        (dict(kc=4), "kc=4: no layer of target='conv3x3' takes block atoms"),
     ],
 )
 def test_a_target_that_does_not_fit_is_an_error(pocket, settings, message):

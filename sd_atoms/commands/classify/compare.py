@@ -1,7 +1,8 @@
-"""Trains classifiers by several methods on the same images and seeds: accuracy and the gap between training and test
-against the number of trained parameters, as a table and as the paper's Figures 6 and 7; on tasks of VTAB, Table 6.
+"""Trains classifiers by several methods on the same images and seeds, and sets their accuracy against their size.
 
-Stopped at any moment, the same command goes on; started twice, the work is divided.
+Accuracy, and the gap between training and test, against the number of trained parameters: as a table and as the
+paper's Figures 6 and 7; on tasks of VTAB, as Table 6. Stopped at any moment, the same command goes on; started twice,
+the work is divided.
 """
 
 import argparse
