@@ -20,6 +20,16 @@ from sd_atoms.errors import UserError
 from sd_atoms.sources import packaged_file
 from sd_atoms.values import coerce, near, shown
 
+# what kohya's scripts and others of diffusers call our settings
+ELSEWHERE = {
+    "network_dim": "rank", "network_alpha": "alpha", "optimizer_type": "optimizer", "unet_lr": "learning_rate",
+    "text_encoder_lr": "text_learning_rate", "lr_text_encoder": "text_learning_rate", "min_snr_gamma": "snr_gamma",
+    "v_parameterization": "prediction_type", "zero_terminal_snr": "rescale_betas_zero_snr",
+    "enable_bucket": "aspect_ratio_buckets", "flip_aug": "random_flip", "masked_loss": "masks",
+    "cache_latents": "cache_dir", "cache_latents_to_disk": "cache_dir", "save_every_n_steps": "checkpointing_steps",
+    "max_train_epochs": "num_train_epochs", "validation_epochs": "validation_steps",
+}  # fmt: skip
+
 
 def setting(
     default: Any,
@@ -38,7 +48,6 @@ def setting(
     environment: str | None = None,
     file: bool = False,
     needs: Sequence[str] = (),
-    elsewhere: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -57,11 +66,9 @@ def setting(
         file: names a file; in a YAML file it counts from there, where such a file is there. The word none is no file.
         needs: what it does nothing without: another setting, as "dataset_name", or some values of it, as
             "loss_type=huber|smooth_l1".
-        elsewhere: what other programs call it; who takes such a name is told ours.
     """
     metadata = dict(group=group, help=help, choices=choices, low=low, high=high, required=required, unless=unless)
     metadata |= dict(item=item, many=many, positional=positional, environment=environment, file=file, needs=needs)
-    metadata |= dict(elsewhere=elsewhere)
     metadata |= dict(aliases=dict(aliases) if isinstance(aliases, Mapping) else dict.fromkeys(aliases))
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -225,7 +232,7 @@ def resolve(
 
 def _names(fields: Mapping[str, tuple[type, dataclasses.Field]]) -> dict[str, str]:
     """Every name that somebody may take for a setting -> its own."""
-    return {other: name for name, (_, field) in fields.items() for other in (name, *field.metadata["elsewhere"])}
+    return {name: name for name in fields} | {other: name for other, name in ELSEWHERE.items() if name in fields}
 
 
 def _from_there(folder: Path, field: dataclasses.Field, value: Any) -> Any:

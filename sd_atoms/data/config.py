@@ -115,7 +115,6 @@ class DataSettings:
         DATA,
         "learn the subject, not what is around it: NAME.mask.png or NAME-masklabel.png beside each picture, or "
         "masks/NAME.png, white where the subject is; or the pictures' transparency (see mask_weight)",
-        elsewhere=["masked_loss"],
     )
     dataset_name: str | None = setting(
         None,
@@ -149,14 +148,11 @@ class DataSettings:
         None, DATA, "side of the training pictures in pixels; none = the base's", low=32, high=4096
     )
     aspect_ratio_buckets: bool = setting(
-        False,
-        DATA,
-        "keep aspect ratios: each picture goes to the nearest of some sizes of the same area",
-        elsewhere=["enable_bucket"],
+        False, DATA, "keep aspect ratios: each picture goes to the nearest of some sizes of the same area"
     )
     center_crop: bool = setting(False, DATA, "crop in the middle; otherwise at a place drawn once per picture")
     # many subjects are not symmetric
-    random_flip: bool = setting(False, DATA, "mirror half of the samples", elsewhere=["flip_aug"])
+    random_flip: bool = setting(False, DATA, "mirror half of the samples")
     image_interpolation_mode: str = setting("lanczos", DATA, "filter for resizing", choices=RESAMPLING)
     on_bad_image: str = setting(
         "error", DATA, "what to do with a picture that cannot be read", choices=("error", "skip")
@@ -165,10 +161,7 @@ class DataSettings:
         2**30, DATA, "bytes of latents that each process may hold; beyond, they are read from disk as needed", low=0
     )
     cache_dir: str | None = setting(
-        None,
-        DATA,
-        "folder that keeps latents and text states for later runs; none = do not",
-        elsewhere=["cache_latents", "cache_latents_to_disk"],
+        None, DATA, "folder that keeps latents and text states for later runs; none = do not"
     )
 
     @property

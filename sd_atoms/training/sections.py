@@ -116,12 +116,8 @@ class MethodSettings:
     budget: str | None = setting(
         None, ADAPTER, "trained parameters, such as 4000, 100k or 1M: sets the method's size to come near it"
     )
-    rank: int | None = setting(
-        None, ADAPTER, "rank of LoRA, LoCon, LoHa and LoKr; none = 4", low=1, elsewhere=["network_dim"]
-    )
-    alpha: float | None = setting(
-        None, ADAPTER, "their change is multiplied by alpha/rank; none = rank", low=1e-9, elsewhere=["network_alpha"]
-    )
+    rank: int | None = setting(None, ADAPTER, "rank of LoRA, LoCon, LoHa and LoKr; none = 4", low=1)
+    alpha: float | None = setting(None, ADAPTER, "their change is multiplied by alpha/rank; none = rank", low=1e-9)
     factor: int | None = setting(
         None, ADAPTER, "of LoKr: smaller side of the Kronecker product; none = -1, near square"
     )
@@ -187,9 +183,7 @@ class LoopSettings:
         1, RUN, "batches per optimiser step", low=1, environment="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     )
     max_train_steps: int = setting(300, RUN, "optimiser steps", low=1)
-    num_train_epochs: int | None = setting(
-        None, RUN, "passes over the pictures, in place of max_train_steps", low=1, elsewhere=["max_train_epochs"]
-    )
+    num_train_epochs: int | None = setting(None, RUN, "passes over the pictures, in place of max_train_steps", low=1)
     gradient_checkpointing: bool = setting(False, RUN, "less memory, about a third more time")
 
 
@@ -202,14 +196,9 @@ class ObjectiveSettings:
         OBJECTIVE,
         "what the base predicts; none = as its scheduler config says",
         choices=("epsilon", "v_prediction"),
-        elsewhere=["v_parameterization"],
     )
     snr_gamma: float | None = setting(
-        None,
-        OBJECTIVE,
-        "gamma of min-SNR weighting, 5 is usual; none = no weighting",
-        low=0.0,
-        elsewhere=["min_snr_gamma"],
+        None, OBJECTIVE, "gamma of min-SNR weighting, 5 is usual; none = no weighting", low=0.0
     )
     loss_type: str = setting("l2", OBJECTIVE, "distance between prediction and target", choices=LOSSES)
     huber_c: float = setting(
@@ -234,10 +223,7 @@ class ObjectiveSettings:
         low=0.0,
     )
     rescale_betas_zero_snr: bool = setting(
-        False,
-        OBJECTIVE,
-        "make the last timestep pure noise (zero terminal SNR); needs a base that predicts v",
-        elsewhere=["zero_terminal_snr"],
+        False, OBJECTIVE, "make the last timestep pure noise (zero terminal SNR); needs a base that predicts v"
     )
 
 
@@ -247,15 +233,11 @@ class OptimiserSettings:
 
     optimizer: str = setting(
         "adamw", OPTIMISER, "adamw8bit needs sd-atoms[8bit], prodigy sd-atoms[prodigy]", choices=OPTIMISERS,
-        aliases={"use_8bit_adam": "adamw8bit"}, elsewhere=["optimizer_type"],
+        aliases={"use_8bit_adam": "adamw8bit"},
     )  # fmt: skip
     # atoms are of unit norm and few, so they take steps a hundred times those of LoRA
     learning_rate: float | None = setting(
-        None,
-        OPTIMISER,
-        f"for what the method trains in the UNet; none = by its kind: {_listed(KIND_RATES)}",
-        low=0.0,
-        elsewhere=["unet_lr"],
+        None, OPTIMISER, f"for what the method trains in the UNet; none = by its kind: {_listed(KIND_RATES)}", low=0.0
     )
     beta_learning_rate: float | None = setting(
         None, OPTIMISER, f"of β; none = {RATES['beta']:g}", low=0.0, needs=["m1"]
@@ -273,7 +255,6 @@ class OptimiserSettings:
         f"of the text encoder's adapter; none = by its kind: {_listed(TEXT_RATES)}",
         low=0.0,
         needs=["train_text_encoder"],
-        elsewhere=["text_encoder_lr", "lr_text_encoder"],
     )
     lr_scheduler: str = setting("cosine", OPTIMISER, "learning-rate schedule", choices=LR_SCHEDULES)
     lr_warmup_steps: int = setting(20, OPTIMISER, "optimiser steps over which the learning rate rises", low=0)
@@ -302,12 +283,7 @@ class ValidationSettings:
         None, VALIDATION, "prompt of pictures drawn during training; none = no pictures"
     )
     validation_steps: int = setting(
-        100,
-        VALIDATION,
-        "optimiser steps between pictures of validation_prompt",
-        low=1,
-        needs=["validation_prompt"],
-        elsewhere=["validation_epochs"],
+        100, VALIDATION, "optimiser steps between pictures of validation_prompt", low=1, needs=["validation_prompt"]
     )
     num_validation_images: int = setting(
         4, VALIDATION, "how many of them", low=1, high=10_000, needs=["validation_prompt"]
@@ -366,9 +342,7 @@ class OutputSettings:
     overwrite: bool = setting(False, RUN, "replace the run that output_dir holds")
     resume_from_checkpoint: str | None = setting(None, RUN, "a checkpoint file of this run, or latest")
     strict_resume: bool = setting(False, RUN, "refuse to resume, instead of warning, if pictures or prompts changed")
-    checkpointing_steps: int = setting(
-        100, RUN, "optimiser steps between checkpoints", low=1, elsewhere=["save_every_n_steps"]
-    )
+    checkpointing_steps: int = setting(100, RUN, "optimiser steps between checkpoints", low=1)
     checkpoints_total_limit: int | None = setting(None, RUN, "keep so many checkpoints; none = all", low=1)
     report_to: str = setting(
         "tensorboard",
