@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sd_atoms.errors import shortlist
 from sd_atoms.report.sweep import harmonic_mean
 
 PRETRAINED = "pretrained"
@@ -216,7 +217,7 @@ def columns_of(comparison: Comparison, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def first_sentence(comparison: Comparison, rows: Sequence[Row]) -> str:
-    """Which method is best in what, per concept, ties by interval not told apart."""
+    """Which method is best in what, per concept, and which others reach it within their intervals."""
     parts = []
     for concept in comparison.concepts:
         own = [row for row in rows if row.concept == concept and row.method != PRETRAINED]
@@ -227,11 +228,14 @@ def first_sentence(comparison: Comparison, rows: Sequence[Row]) -> str:
             known = [row for row in own if key in row.figures]
             if known:
                 best = max(known, key=lambda row: row.figures[key][0])
-                told.append(f"{best.method} has the highest {label} ({best.figures[key][0]:.3f})")
+                value = best.figures[key][0]
+                reached = [row.method for row in known if row is not best and (row.figures[key][2] or 0) >= value]
+                also = f"; in reach of the intervals of {shortlist(reached)}" if reached else ""
+                told.append(f"{label}{'' if told else ' is highest'} with {best.method} ({value:.3f}{also})")
         scored = [row for row in own if row.score is not None]
         if scored:
             best = max(scored, key=lambda row: row.score)
-            told.append(f"{best.method} the highest harmonic mean of both ({best.score:.3f})")
+            told.append(f"their harmonic mean with {best.method} ({best.score:.3f})")
         if told:
             parts.append(f"{concept}: {', '.join(told)}")
     return "; ".join(parts) + "." if parts else ""

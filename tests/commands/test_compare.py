@@ -28,7 +28,7 @@ from sd_atoms.jobs.experiment import read_plan
 from sd_atoms.jobs.queue import Job, held, note_failure
 from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, collected, merge_from, selection_score
 from sd_atoms.report.comparison import write_report
-from sd_atoms.report.rows import mean_of, paired, rows_of
+from sd_atoms.report.rows import first_sentence, mean_of, paired, rows_of
 
 PROMPTS = ["photo of a {}.", "The {} overlooks a serene lake."]
 
@@ -337,6 +337,9 @@ def test_a_difference_is_told_in_pairs(tmp_path):
     assert paired(comparison, runs[:1], others[1:]) == {}  # no seed in common
     row = next(row for row in rows_of(comparison) if (row.concept, row.method) == ("castle", "lora"))
     assert row.differences["fidelity"][0] == pytest.approx(0.1)
+    assert first_sentence(comparison, rows_of(comparison)).startswith(
+        "castle: likeness is highest with lora (0.510; in reach of the intervals of atoms), text with token (0.580; in reach"
+    )
 
 
 @pytest.mark.slow
