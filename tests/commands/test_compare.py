@@ -338,7 +338,7 @@ def test_a_difference_is_told_in_pairs(tmp_path):
     row = next(row for row in rows_of(comparison) if (row.concept, row.method) == ("castle", "lora"))
     assert row.differences["fidelity"][0] == pytest.approx(0.1)
     assert first_sentence(comparison, rows_of(comparison)).startswith(
-        "castle: likeness is highest with lora (0.510; in reach of the intervals of atoms), text with token (0.580; in reach"
+        "castle: likeness is highest with lora (0.510; in reach of the intervals of atoms), text with token (0.580"
     )
 
 
