@@ -27,7 +27,7 @@ ELSEWHERE = {
     "v_parameterization": "prediction_type", "zero_terminal_snr": "rescale_betas_zero_snr",
     "enable_bucket": "aspect_ratio_buckets", "flip_aug": "random_flip", "masked_loss": "masks",
     "cache_latents": "cache_dir", "cache_latents_to_disk": "cache_dir", "save_every_n_steps": "checkpointing_steps",
-    "max_train_epochs": "num_train_epochs", "validation_epochs": "validation_steps",
+    "max_train_epochs": "num_train_epochs",
 }  # fmt: skip
 
 
@@ -201,9 +201,7 @@ def resolve(
         UserError: everything that is wrong, in one line.
     """
     fields = fields_of(settings)
-    problems = [
-        f"unknown flag {word}{near(word.lstrip('-'), _names(fields))}" for word in unknown if word.startswith("--")
-    ]
+    problems = [f"unknown flag {word}{_meant(word.lstrip('-'), fields)}" for word in unknown if word.startswith("--")]
     problems += [f"unexpected word {word!r}" for word in unknown[:1] if not word.startswith("--")]
     values = launcher_settings(settings)
     for origin, entries in ((config_path, read_config(config_path) if config_path else {}), (None, flags)):
@@ -230,9 +228,10 @@ def resolve(
     return build(settings, values)
 
 
-def _names(fields: Mapping[str, tuple[type, dataclasses.Field]]) -> dict[str, str]:
-    """Every name that somebody may take for a setting -> its own."""
-    return {name: name for name in fields} | {other: name for other, name in ELSEWHERE.items() if name in fields}
+def _meant(word: str, fields: Mapping[str, Any]) -> str:
+    """Which setting somebody had in mind, for a message; empty where none is known."""
+    word = word.partition("=")[0]
+    return f" (here: {ELSEWHERE[word]})" if ELSEWHERE.get(word) in fields else near(word, fields)
 
 
 def _from_there(folder: Path, field: dataclasses.Field, value: Any) -> Any:
@@ -351,7 +350,7 @@ def coerced(settings: type, name: Any, value: Any) -> Any:
     """
     fields = fields_of(settings)
     if name not in fields:
-        raise ValueError(f"unknown key {shown(name)}{near(name if isinstance(name, str) else '', _names(fields))}")
+        raise ValueError(f"unknown key {shown(name)}{_meant(str(name), fields)}")
     owner, field = fields[name]
     item = field.metadata["item"]
     if field.metadata["many"]:

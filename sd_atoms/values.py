@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _short = reprlib.Repr()
@@ -79,7 +79,7 @@ def allowed(meta: Mapping[str, Any], kind: type) -> str:
     return f"{'a number' if kind in (int, float) else 'text'} is needed"
 
 
-def near(word: str, names: Mapping[str, str]) -> str:
-    """What stands for the name that was meant, for a message; empty where none is near."""
-    matches = difflib.get_close_matches(word.split("=")[0], names, n=1)
-    return f" (did you mean {names[matches[0]]}?)" if matches else ""
+def near(word: str, names: Iterable[str]) -> str:
+    """The name that was meant, for a message; empty where none is near."""
+    matches = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

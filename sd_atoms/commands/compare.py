@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from sd_atoms.commands import experiment
+from sd_atoms.commands import runs
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_text
@@ -78,12 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     plan = read_plan(file, flags)
     if working.run is not None:
-        experiment.run_one(plan, working.run, do_run)
+        runs.run_one(plan, working.run, do_run)
     elif working.dry_run:
         print(plan_text(plan, working.step_seconds, working.image_seconds))
     else:
         jobs = jobs_of(plan, file, flags)
-        print(status_text(jobs, plan.folder / QUEUE, experiment.seconds_of, lambda job: experiment.step_of(plan, job)))
+        print(status_text(jobs, plan.folder / QUEUE, runs.seconds_of, lambda job: runs.step_of(plan, job)))
 
 
 def compare(
@@ -121,13 +121,13 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
     slots = working.queue.slots()
     check_networks(plan)  # what is not there is said now, not after a training
     check_surroundings(plan)
-    experiment.check_runs(plan)
+    runs.check_runs(plan)
     for folder in (working.merge or "").split(","):
         if folder.strip():
             merge_from(plan, Path(folder.strip()))
     write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
     failed = run_jobs(jobs_of(plan, file, flags), plan.folder / QUEUE, slots, lambda text: print(text, flush=True))
-    experiment.check_runs(read_plan(file, flags))  # somebody may have changed the file meanwhile
+    runs.check_runs(read_plan(file, flags))  # somebody may have changed the file meanwhile
     comparison = comparison_of(plan, failed)
     if not comparison.runs:
         raise UserError(f"{plan.folder}: no run could be finished; the first: {next(iter(failed.values()))}")
@@ -135,20 +135,18 @@ def work_through(file: str, flags: Mapping[str, Any], working: Working) -> tuple
 
 
 def do_run(plan: Plan, run: Run) -> None:
-    """Trains, draws and scores one run, as far as that is not done; raises as `experiment.finish`."""
+    """Trains, draws and scores one run, as far as that is not done; raises as `runs.finish`."""
 
     def scored(config, accelerator):
         return score_drawn(plan, run, config, draw_run(plan, run, config, accelerator), accelerator)
 
-    experiment.finish(plan, run, scored)
+    runs.finish(plan, run, scored)
 
 
 def jobs_of(plan: Plan, file: str, flags: Mapping[str, Any]) -> list[Job]:
     """Every run as a process of its own."""
     words = [sys.executable, "-m", "sd_atoms", "compare", file]
-    return experiment.jobs_of(
-        plan, [*words, *(f"--{name}={_word(own)}" for name, own in flags.items() if own is not None)]
-    )
+    return runs.jobs_of(plan, [*words, *(f"--{name}={_word(own)}" for name, own in flags.items() if own is not None)])
 
 
 def check_networks(plan: Plan) -> None:
@@ -196,21 +194,21 @@ def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: floa
     lines, hours, gigabytes, unknown = [run.name for run in plan.runs], 0.0, 0.0, []
     lines.append("")
     for stage in (PRETRAINED, "rate", "scored"):
-        runs = [run for run in plan.runs if run.stage == stage]
-        if not runs:
+        own = [run for run in plan.runs if run.stage == stage]
+        if not own:
             continue
-        pictures = sum(_picture_count(plan, run) for run in runs)
-        loops = [] if stage == PRETRAINED else [plan.config(run).loop for run in runs]
+        pictures = sum(_picture_count(plan, run) for run in own)
+        loops = [] if stage == PRETRAINED else [plan.config(run).loop for run in own]
         # how many steps num_train_epochs means only the photos tell
         steps = None if any(loop.num_train_epochs for loop in loops) else sum(loop.max_train_steps for loop in loops)
         length = "passes over the photos" if steps is None else f"{steps:,} training steps"
-        lines.append(f"{len(runs):>5} runs: {stage}; {length}, {pictures:,} pictures")
-        done = [plan.run_folder(run) for run in runs if (plan.run_folder(run) / SCORES).exists()]
+        lines.append(f"{len(own):>5} runs: {stage}; {length}, {pictures:,} pictures")
+        done = [plan.run_folder(run) for run in own if (plan.run_folder(run) / SCORES).exists()]
         if done:
             seconds = sum(read_scores(folder / SCORES)["seconds"] for folder in done) / len(done)
             size = sum(path.stat().st_size for folder in done for path in folder.rglob("*") if path.is_file())
-            hours += seconds * len(runs) / 3600
-            gigabytes += size / len(done) * len(runs) / 1e9
+            hours += seconds * len(own) / 3600
+            gigabytes += size / len(done) * len(own) / 1e9
         elif image_seconds is not None and (steps == 0 or None not in (step_seconds, steps)):
             hours += (steps * (step_seconds or 0) + pictures * image_seconds) / 3600
             unknown.append(f"disk of {stage}")

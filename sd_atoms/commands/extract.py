@@ -25,6 +25,7 @@ from sd_atoms.report.table import text_table
 from sd_atoms.settings import setting
 from sd_atoms.sources import public_name
 from sd_atoms.training.adapter import open_adapter
+from sd_atoms.tuner import AtomsLayer
 
 WHAT, ATOMS, RESULT = "what to extract from", "atoms", "result"
 SHOWN = 12
@@ -113,7 +114,8 @@ def run(settings: Settings) -> Path:
         told += (
             f", less than --floor {settings.floor:g}" if found.layers else f", which is outside of {settings.target}"
         )
-        hints = [] if settings.kc else ["--target conv+linear --kc 4 covers attention and 1×1 convolutions too"]
+        blocks = any(layer.atoms_block_delta for layer in pipe.unet.modules() if isinstance(layer, AtomsLayer))
+        hints = [] if blocks else ["--target conv+linear --kc 4 covers attention and 1×1 convolutions too"]
         hints += ["other --target, --kc or --m1 may take more of it"]
         if not found.layers and found.outside.keys() <= WITHOUT_ATOMS:
             hints = ["only convolutions and Linear layers of the UNet can have atoms here"]

@@ -180,6 +180,8 @@ def _strengths(text: str | None) -> list[float]:
         found = [float("nan")]
     if text is not None and (not found or not all(-10 <= value <= 10 for value in found)):
         raise UserError(f"strengths: {text!r}: numbers from -10 to 10 with commas between are allowed")
+    if found and not any(found):
+        raise UserError(f"strengths: {text!r}: at 0 there is no adapter; name another one beside it")
     # what reads alike has one folder
     return list({f"{value:g}": value for value in found}.values())
 

@@ -119,7 +119,8 @@ def text_features(network: Network, prompts: Sequence[str] | None) -> tuple[dict
     if network.of_texts is None or prompts is None:
         return {}, []
     distinct = list(dict.fromkeys(prompts))
-    return dict(zip(distinct, network.of_texts(distinct), strict=True)), [*filter(network.too_long, distinct)]
+    cut = [prompt for prompt in distinct if network.too_long is not None and network.too_long(prompt)]
+    return dict(zip(distinct, network.of_texts(distinct), strict=True)), cut
 
 
 def _keep(path: Path, features: torch.Tensor) -> None:

@@ -42,7 +42,9 @@ class Pictures:
     labels: Sequence[int] | None = None
 
 
-def opened(plan: Runs, run: Run, config: TrainConfig, device) -> tuple[Any, Sampling, dict[str, str], dict[str, str]]:
+def open_for_drawing(
+    plan: Runs, run: Run, config: TrainConfig, device
+) -> tuple[Any, Sampling, dict[str, str], dict[str, str]]:
     """The pipeline that a run draws with, how it does, the notes of its pictures, and the digests of the base.
 
     Raises:
@@ -59,7 +61,7 @@ def opened(plan: Runs, run: Run, config: TrainConfig, device) -> tuple[Any, Samp
     return pipe, sampling, making_notes(run.name, base) | {"adapter_digest": artefact.digest()}, digests
 
 
-def said_of(
+def run_entry(
     plan: Runs, run: Run, config: TrainConfig, pictures: Pictures, networks: Sequence[Network], more: dict[str, Any]
 ) -> dict[str, Any]:
     """What scores.json says of a run besides its scores; `more` of what it was scored by."""
@@ -90,7 +92,7 @@ def draw_run(plan: Plan, run: Run, config: TrainConfig, accelerator) -> Pictures
         UserError: pictures of these names were made otherwise, or the adapter does not fit.
     """
     folder, concept = plan.run_folder(run) / DRAWN, config.all_concepts[0]
-    pipe, sampling, notes, digests = opened(plan, run, config, accelerator.device)
+    pipe, sampling, notes, digests = open_for_drawing(plan, run, config, accelerator.device)
     word = concept.plain_word if run.stage == PRETRAINED else concept.word
     requests = image_requests(plan.templates(run), word, plan.experiment.images_per_prompt)
     unrelated = plan.drawn_by(run)["unrelated"]
@@ -155,7 +157,7 @@ def score_drawn(plan: Plan, run: Run, config: TrainConfig, pictures: Pictures, a
     )
     found = score_run(networks, drawn, source.images, plan.metrics, plan.folder / CACHE, accelerator)
     photos = {"photos": [image.digest() for image in source.images]}
-    return said_of(plan, run, config, pictures, networks, photos) | {"networks": found}
+    return run_entry(plan, run, config, pictures, networks, photos) | {"networks": found}
 
 
 def image_requests(templates: Sequence[str], word: str, images_per_prompt: int) -> list[Request]:

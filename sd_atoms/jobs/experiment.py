@@ -23,7 +23,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.folder import MORE_GROUPS
 from sd_atoms.files import safe_name
 from sd_atoms.jobs.plan import PRETRAINED, Experiment, Plan, Rates, Run
-from sd_atoms.settings import config_file, fields_of, read_config, resolve
+from sd_atoms.settings import config_file, fields_of, read_config, replaced, resolve
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.optimiser import with_defaults
 from sd_atoms.training.sections import MethodSettings, OptimiserSettings, TextSettings
@@ -63,7 +63,7 @@ def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
         raise UserError(f"{path}: concepts and methods: one or more are needed")
     rates = _rates(path, parts["rates"], concepts)
     seeds = parse_seeds(experiment.seeds)
-    runs, problems = _runs(concepts, methods, rates, seeds)
+    runs, wrong_methods = _runs(concepts, methods, rates, seeds)
     plan = Plan(
         experiment,
         tuple(runs),
@@ -75,14 +75,15 @@ def read_plan(path: str, flags: Mapping[str, Any]) -> Plan:
         tuple(dict.fromkeys(load_prompts(experiment.unrelated_prompts_file))) if experiment.unrelated_prompts_file
         else (),
     )  # fmt: skip
-    problems += _wrong_in(plan)
+    problems = _wrong_in(plan)
     for run in runs:
         try:
             plan.config(run)
         except UserError as error:
             problems.append(f"{run.name}: {error}")
+    problems += wrong_methods
     if problems:
-        # a mistake in what all share comes with every run
+        # a mistake in what all share, or in a concept, comes with every run and method
         distinct = {}
         for problem in problems:
             distinct.setdefault(problem.partition(": ")[2], problem)
@@ -145,7 +146,10 @@ def _rates_to_try(
         return {}
     tried = {}
     for concept in rates.concepts:
-        usual = with_defaults(resolve(TrainConfig, {**concepts[concept], **of_method})).optimiser.learning_rate
+        # any rate will do to see what else is said of the method
+        config = resolve(TrainConfig, concepts[concept] | of_method | {"learning_rate": 1.0})
+        known = config.method.chosen().rates
+        usual = with_defaults(replaced(config, learning_rate=None)).optimiser.learning_rate if known else None
         if usual is None:
             raise UserError("has no usual rate to multiply; give its learning_rate, or a list of them to try")
         # 0.0033, not 0.0033000000000000004

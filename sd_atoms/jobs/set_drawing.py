@@ -18,7 +18,7 @@ from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import Network, features_of, open_network
 from sd_atoms.evaluation.run import RESIZE
 from sd_atoms.generation import Request, generate_missing
-from sd_atoms.jobs.drawing import CACHE, Pictures, opened, said_of
+from sd_atoms.jobs.drawing import CACHE, Pictures, open_for_drawing, run_entry
 from sd_atoms.jobs.plan import Run
 from sd_atoms.jobs.results import DRAWN
 from sd_atoms.jobs.sets import SetExperiment, SetPlan
@@ -35,7 +35,7 @@ def draw_set(plan: SetPlan, run: Run, config: TrainConfig, reference: Sequence[I
     Raises:
         UserError: images of these names were made otherwise, or the adapter does not fit.
     """
-    pipe, sampling, notes, digests = opened(plan, run, config, accelerator.device)
+    pipe, sampling, notes, digests = open_for_drawing(plan, run, config, accelerator.device)
     requests, labels = set_requests(plan.task(run), plan.experiment, reference)
     folder, together = plan.run_folder(run) / DRAWN, config.images.generation_batch_size
     generate_missing(pipe, accelerator, requests, sampling, folder, notes, batch_size=together)
@@ -107,7 +107,7 @@ def score_set(
         "reference_images": len(real),
     }
     names = [request.name for request in generated.requests]
-    said = said_of(plan, run, config, generated, networks, more)
+    said = run_entry(plan, run, config, generated, networks, more)
     return said | {"labels": generated.labels, "images": names, "networks": found}
 
 

@@ -22,7 +22,7 @@ from sd_atoms.pipeline.fitting import fitting, touched_layers
 from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
-from sd_atoms.tuner import AtomsLayer, check_swap, swap_adapter
+from sd_atoms.tuner import check_swap, swap_adapter
 from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
 
@@ -236,8 +236,6 @@ def _check_finite(artefact: Artefact, label: str) -> None:
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """The weight of a layer without its adapters, also while ours are merged."""
-    if isinstance(layer, AtomsLayer):
-        return layer.base_weight
     if isinstance(layer, TunedLayer):
         return layer.original("weight")
     return base_of(layer).weight

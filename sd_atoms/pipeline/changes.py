@@ -56,7 +56,7 @@ def layer_change(layer: BaseTunerLayer, adapter: str) -> Change:
         # of PEFT's LoRA, merging would round the change to the last bit of the weight
         change = factors.up.flatten(1).float() @ factors.down.flatten(1).float() * factors.scale
         values = {"weight": change.view(base_of(layer).weight.shape)}
-    elif isinstance(layer, AtomsLayer):
+    elif isinstance(layer, AtomsLayer):  # a TunedLayer too, whose effective weight need not be made for it
         values = {"weight": layer.get_delta_weight(adapter).float()}
     elif isinstance(layer, TunedLayer):
         values = {

@@ -229,8 +229,8 @@ def _bias_change(layers: Iterable[BaseTunerLayer], adapter: str = "default") -> 
     """|Δb|/|b| over the biases that an adapter trains; None if it trains none."""
     changes, originals = [], []
     for layer in layers:
-        of_weight = isinstance(layer, AtomsLayer) or not isinstance(layer, TunedLayer)
-        value = None if of_weight else layer.merged_values([adapter]).get("bias")
+        trains_bias = isinstance(layer, TunedLayer) and not isinstance(layer, AtomsLayer)
+        value = layer.merged_values([adapter]).get("bias") if trains_bias else None
         if value is not None:
             originals.append(layer.original("bias").to(value.dtype))
             changes.append(value - originals[-1])

@@ -50,7 +50,7 @@ def image_grid(
         if labels is not None and len(labels) != count:
             raise ValueError(f"expected {count} {what} labels, got {len(labels)}")
 
-    cells = _cells([picture for row in rows for picture in row], None)
+    cells = _cells([picture for row in rows for picture in row])
     cell_width, gap_px, font = cells[0].width, _gap(cells), _font(cells[0].width / 8)
     lines = _lines(cells, columns, gap_px)
     if column_labels is not None:
@@ -106,7 +106,7 @@ def labelled_blocks(
     return _sheet(_above(sections, 3 * gap_px), title, cells)
 
 
-def _cells(pictures: Sequence[Image.Image | None], cell_px: int | None) -> list[Image.Image]:
+def _cells(pictures: Sequence[Image.Image | None], cell_px: int | None = None) -> list[Image.Image]:
     """Boxes of one size, each with its picture in the middle; None becomes a grey box."""
     if not pictures:
         raise ValueError("expected at least one picture")

@@ -143,7 +143,8 @@ def _on_disk(vae, records: Sequence[ImageRecord], how: Cropping, folder: Path, a
         for start in range(0, len(share), SHARD_IMAGES):
             names = [key for key, _ in share[start : start + SHARD_IMAGES]]
             tensors = {}
-            for name, (latents, mirrored) in zip(names, pairs, strict=False):
+            for name in names:
+                latents, mirrored = next(pairs)
                 tensors[name] = torch.stack([*latents, *(mirrored or ())])
             content = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
             with replacing(folder / f"{content}.safetensors") as temporary:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -137,8 +138,8 @@ def is_first_start(output: OutputSettings) -> bool:
     return (folder / CONFIG).exists() or not _in_use(folder)
 
 
-def prepare(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[str]]:
-    """The settings as they hold here, the processes that train, and lines on what was changed.
+def prepare(config: Any) -> tuple[Any, Accelerator, list[str]]:
+    """The settings of a training, of diffusion or a classifier, as they hold here; its processes; lines on changes.
 
     Raises:
         UserError: a tracker is not there, or the device cannot work in the precision asked for.
@@ -156,7 +157,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[str]]:
     return replaced(config, resume_from_checkpoint=None, overwrite=True), accelerator, [note]
 
 
-def begin(config: TrainConfig, accelerator: Accelerator, notes: Sequence[str]) -> None:
+def begin(config: Any, accelerator: Accelerator, notes: Sequence[str]) -> None:
     """Opens the folder and the curves in it, and says what there is to say before step 1; all processes call it."""
 
     def curves(place: Path) -> None:

@@ -22,7 +22,8 @@ class TunedLayer(nn.Module, BaseTunerLayer):
 
     So stride, groups, dilation and padding modes are right whatever they are, and the base is never written to. A
     subclass names its trained parts in `adapter_layer_names`, makes them in `update_layer`, where it ends with
-    `_added`, and says in `values` what they mean.
+    `_added`, and says in `values` what they mean. `AtomsLayer` alone has a `forward` of its own, since it needs no
+    effective weight to compute with.
     """
 
     other_param_names = ("scaling", "initial_scaling")
@@ -49,7 +50,8 @@ class TunedLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def values(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Parameter name -> its value under these adapters, scale included; in float32 at least, not yet rounded."""
+        """Parameter name -> its value under these adapters, scale included; in float32 at least, not yet rounded
+        (of atoms rounded once to the base's dtype)."""
         raise NotImplementedError
 
     def merged_values(self, adapters: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sd_atoms.cli import main
 from sd_atoms.commands.compare import comparison_of, do_run, plan_text
-from sd_atoms.commands.experiment import check_runs, step_of
+from sd_atoms.commands.runs import check_runs, step_of
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan

@@ -134,6 +134,8 @@ def test_methods_without_a_strength_have_one_column(tmp_path, capsys):
     assert main(words("sheet", oft, "--steps", "4", "--seeds", "0")) == 0
     assert [path.name for path in (oft / "sheet").iterdir() if path.is_dir()] == ["step-4-strength-1"]
     capsys.readouterr()
+    assert main(words("sheet", oft, "--strengths", "0,-0")) == 2
+    assert "strengths: '0,-0': at 0 there is no adapter" in capsys.readouterr().err
     assert main(words("sheet", oft, "--strengths", "0.5")) == 2
     assert "OFT has no strength, only 1 is allowed" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """The file of an experiment: which runs it means, and everything that can be wrong with it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -7,6 +9,7 @@ from sd_atoms.errors import UserError
 from sd_atoms.jobs.experiment import read_plan
 from sd_atoms.jobs.plan import chosen_rate
 
+IA3 = str(Path(__file__).parents[2] / "configs" / "compare" / "peft" / "ia3.json")
 ENTRIES = {
     "output_dir": "out",
     "settings": {"pretrained_model_name_or_path": "pocket", "max_train_steps": 7},
@@ -129,6 +132,14 @@ def test_a_flag_wins_over_the_file(tmp_path):
         ),
         ({"rates": {"factors": [1]}, "methods": {"lora": {"rankk": 4}}}, "unknown key 'rankk' (did you mean rank"),
         ({"rates": {"factors": [1]}, "methods": {"ia4": None}}, "method='ia4': one of atoms, "),
+        (
+            {"rates": {"factors": [1]}, "methods": {"ia3": {"peft_config": IA3}}},
+            "methods.ia3: has no usual rate to multiply; give its learning_rate, or a list of them to try",
+        ),
+        (
+            {"rates": {"factors": [1]}, "concepts": {"castle": {"config": "pocket/castle", "instance_prompt": "a"}}},
+            "castle/pretrained: instance_prompt: 'a' lacks the placeholder <castle>",
+        ),
         ({"rates": {"factors": []}}, "rates: factors: a list of numbers above 0 is needed"),
         ({"rates": {"factors": [1], "speed": 1}}, "rates: unknown key 'speed'"),
         ({"rates": {"factors": [1], "concepts": ["dog"]}}, "rates: concepts: of castle, canal"),

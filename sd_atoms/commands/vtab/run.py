@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from sd_atoms.commands import experiment
+from sd_atoms.commands import runs
 from sd_atoms.commands.classify import compare
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.networks import open_network
@@ -94,12 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     plan = read_set_plan(file, flags)
     if working.run is not None:
-        experiment.run_one(plan, working.run, do_run)
+        runs.run_one(plan, working.run, do_run)
     elif working.dry_run:
         print(plan_text(plan))
     elif working.queue.status:
         jobs = jobs_of(plan, file, flags)
-        print(status_text(jobs, plan.folder / QUEUE, experiment.seconds_of, lambda job: experiment.step_of(plan, job)))
+        print(status_text(jobs, plan.folder / QUEUE, runs.seconds_of, lambda job: runs.step_of(plan, job)))
     else:
         check_plan(plan)
         write_text(plan.folder / "experiment.yaml", experiment_yaml(plan))
@@ -137,20 +137,20 @@ def check_plan(plan: SetPlan) -> None:
     for run in plan.runs:
         if run.stage == PRETRAINED:  # one of each set
             reference_of(plan, run)
-    experiment.check_runs(plan)
+    runs.check_runs(plan)
     for name in plan.networks:
         open_network(name)
 
 
 def do_run(plan: SetPlan, run: Run) -> None:
-    """Trains, generates and scores one run, as far as that is not done; raises as `experiment.finish`."""
+    """Trains, generates and scores one run, as far as that is not done; raises as `runs.finish`."""
 
     def scored(config, accelerator):
         reference = reference_of(plan, run)
         generated = draw_set(plan, run, config, reference, accelerator)
         return score_set(plan, run, config, generated, reference, accelerator)
 
-    experiment.finish(plan, run, scored)
+    runs.finish(plan, run, scored)
 
 
 def report(plan: SetPlan, failed: Mapping[str, str]) -> None:
@@ -171,7 +171,7 @@ def report(plan: SetPlan, failed: Mapping[str, str]) -> None:
 
 def jobs_of(plan: SetPlan, file: str, flags: Mapping[str, Any]) -> list[Job]:
     """Every run as a process of its own."""
-    return experiment.jobs_of(plan, command(file, flags))
+    return runs.jobs_of(plan, command(file, flags))
 
 
 def command(file: str, flags: Mapping[str, Any]) -> tuple[str, ...]:
