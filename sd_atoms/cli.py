@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.settings import Parser, add_flags, resolve
+from sd_atoms.values import near
 
 PLAIN_WORDS = "d beta alpha kappa pi epsilon gamma omega lambda sum sqrt (x) -> <- ... x - - - <= >= ~ * \" \" ' '"
 PLAIN = dict(zip("ΔβακπεγωλΣ√⊗→←…×–—−≤≥≈·“”‘’", PLAIN_WORDS.split(), strict=True))
@@ -72,6 +73,8 @@ def _dispatch(words: list[str]) -> None:
 def _choose(words: list[str], program: str, choices: Sequence[str], package: str, description: str) -> str:
     """The first word, if it is one of the choices, modules of a package; else help, or an error that names them."""
     if not words or words[0] not in choices:
+        if words and not words[0].startswith("-"):
+            raise UserError(f"no command {words[0]!r}{near(words[0], choices)}; see {program} --help")
         parser = Parser(prog=program, description=description)
         commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
         for choice in choices:
@@ -108,8 +111,9 @@ def _start(command: str, words: list[str], program: str) -> None:
         if command == "classify train" and not any(word.startswith("--resume_from") for word in words):
             again += " --resume_from_checkpoint latest"
         if command == "train":
-            launched = shlex.join(["--config", f"{stop.run}/config.yaml"])
-            again = f"accelerate launch train_dreambooth_atoms.py {launched} --resume_from_checkpoint latest"
+            start = program if program.startswith("sd-atoms") else f"accelerate launch {program}"
+            own = shlex.join(["--config", f"{stop.run}/config.yaml"])
+            again = f"{start} {own} --resume_from_checkpoint latest"
         _say(f"\nStopped after step {stop.step}; the checkpoint is saved in {stop.run}. To go on:\n  {again}")
         raise SystemExit(128 + stop.signal_number) from None
 

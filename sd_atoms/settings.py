@@ -27,7 +27,7 @@ ELSEWHERE = {
     "v_parameterization": "prediction_type", "zero_terminal_snr": "rescale_betas_zero_snr",
     "enable_bucket": "aspect_ratio_buckets", "flip_aug": "random_flip", "masked_loss": "masks",
     "cache_latents": "cache_dir", "cache_latents_to_disk": "cache_dir", "save_every_n_steps": "checkpointing_steps",
-    "max_train_epochs": "num_train_epochs",
+    "max_train_epochs": "num_train_epochs", "network_module": "method",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_who_takes_another_programs_name_is_told_ours():
     for theirs, ours in (("network_dim=4", "rank"), ("min_snr_gamma", "snr_gamma"), ("enable_bucket", "aspect_ratio")):
         assert f"unknown flag --{theirs} (here: {ours}" in str(caught.value)
     with pytest.raises(UserError) as caught:
-        resolve(TrainConfig, {}, None, ["--network_module=networks.lora", "--network_args", "--save_every_n_epochs"])
+        resolve(TrainConfig, {}, None, ["--network_args", "--save_every_n_epochs"])
     assert "did you mean" not in str(caught.value)
     flags = {"base": "pocket", "instance_data_dir": "a", "instance_prompt": "a cat", "use_8bit_adam": True}
     assert resolve(TrainConfig, flags).optimiser.optimizer == "adamw8bit"

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from sd_atoms.data.images import read_image
 from sd_atoms.data.prompts import check_lengths, fill, load_templates, parse_seeds
-from sd_atoms.errors import UserError
+from sd_atoms.errors import AtomsWarning, UserError
 from sd_atoms.generation import Conditions, making_notes
 from sd_atoms.generation.conditions import IMAGE_STRENGTH, MASK_STRENGTH, check_conditions, read_conditions_images
 from sd_atoms.generation.record import HUB, sha256_of
@@ -142,6 +144,16 @@ class Drawing:
     images: dict[str, str]
 
 
+def _note_unknown_words(pipe, texts: Sequence[str], known: Collection[str]) -> None:
+    """Warns of words such as <castel> that the pipeline reads letter by letter."""
+    vocabulary = pipe.tokenizer.get_vocab()
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"<[^<>\s]+>", text))
+    for word in words:
+        if word not in vocabulary:
+            there = f"they bring {', '.join(known)}" if known else "there are none"
+            warnings.warn(f"{word}: is no word of the adapters, {there}", AtomsWarning, stacklevel=3)
+
+
 def prepare(config: Settings, device: torch.device) -> Drawing:
     """Reads adapters, prompts and pictures, and opens the pipeline.
 
@@ -180,6 +192,7 @@ def prepare(config: Settings, device: torch.device) -> Drawing:
     texts = [fill(template, token) for template in templates]
     texts += [config.negative_prompt] if config.negative_prompt else []
     check_lengths(pipe.tokenizer, plain_texts(pipe, texts) if config.prompt_weights else texts)
+    _note_unknown_words(pipe, texts, adapters.words)
 
     images = {name: sha256_of(name) for name in (config.image, config.mask_image) if name is not None}
     base_notes = making_notes("none", adapters.base) | _condition_notes(config, conditions, images)

@@ -14,7 +14,7 @@ from sd_atoms.data.images import scan_folder
 from sd_atoms.data.masks import folder_masks
 from sd_atoms.data.records import ImageRecord, image_record
 from sd_atoms.errors import UserError, first_lines
-from sd_atoms.evaluation.folder import GROUPS, MORE_GROUPS, Draws, score_images
+from sd_atoms.evaluation.folder import GROUPS, MORE_GROUPS, SETS, Draws, score_images
 from sd_atoms.evaluation.intervals import mean_figure
 from sd_atoms.evaluation.networks import RESIZES, features_of, open_network, text_features
 from sd_atoms.evaluation.surroundings import NAME, surroundings
@@ -92,6 +92,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.reference:
         real, skipped = images_of(settings.reference, "*", NAME in groups)
         notes += skipped
+    if real is None and set(groups) <= {"subject", "copying", *SETS}:
+        raise UserError(f"reference is required for metrics: {', '.join(groups)}")
     if NAME in groups:
         if real is None:
             raise UserError(f"metrics: {NAME} needs reference: photos with masks")

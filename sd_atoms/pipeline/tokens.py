@@ -104,8 +104,16 @@ def add_placeholder_tokens(pipe, rows: Mapping[str, torch.Tensor], replace: Coll
 
 
 def placeholder_rows(pipe, tokens: list[str]) -> dict[str, torch.Tensor]:
-    """token -> its embedding row (d,), float32 on the CPU."""
+    """token -> its embedding row (d,), float32 on the CPU.
+
+    Raises:
+        UserError: the pipeline has no such token.
+    """
     if not tokens:
         return {}  # a pipeline without a text encoder will do
+    known = pipe.tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in known]
+    if missing:
+        raise UserError(f"token {missing[0]}: the pipeline has no such word")
     weight = pipe.text_encoder.get_input_embeddings().weight.detach()
     return {token: weight[pipe.tokenizer.convert_tokens_to_ids(token)].float().cpu() for token in tokens}

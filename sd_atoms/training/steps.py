@@ -89,6 +89,8 @@ def run_steps(
         progress = load_checkpoint(checkpoint, parameters, optimizer, accelerator.scaler)
         if bool(progress.mean) != bool(optimiser.ema_decay):
             raise UserError(f"{checkpoint}: belongs to a run with another ema_decay")
+        if progress.step > total_steps:
+            raise UserError(f"{checkpoint}: is of step {progress.step}, beyond the {total_steps} steps asked for")
     progress.data = dict(data)
     hooks.begin()
     if checkpoint is not None:

@@ -161,6 +161,23 @@ def test_a_prompt_that_loses_its_placeholder_is_not_drawn(trained, tmp_path, cap
     assert not (tmp_path / "o").exists()
 
 
+def test_a_word_that_nobody_knows_is_drawn_with_a_warning(trained, tmp_path, capsys):
+    words = [
+        "generate",
+        "--adapter",
+        str(trained),
+        "--seeds",
+        "0",
+        "--num_inference_steps",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*words, "--prompt", "a <castel>", "--prompt", "a <castle>"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert said == ["warning: <castel>: is no word of the adapters, they bring <castle>"]
+
+
 def test_a_checkpoint_is_the_adapter_of_its_step(trained, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("photo of a {}.\n")
     checkpoints = trained / "checkpoints"
@@ -390,7 +407,9 @@ def test_bad_flags_are_one_line_and_exit_code_2(words, capsys):
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
     assert main(["nonsense"]) == 2
-    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: no command 'nonsense'; see sd-atoms --help\n"
+    assert main(["classify", "trian"]) == 2
+    assert capsys.readouterr().err == "error: no command 'trian' (did you mean train?); see sd-atoms classify --help\n"
 
 
 @pytest.mark.parametrize(("words", "names"), [([], COMMANDS), *(([name], own) for name, own in VERBS.items())])
@@ -407,6 +426,8 @@ def test_a_run_is_never_overwritten_by_accident(trained, tmp_path, capsys):
     config = write(tmp_path, output_dir=str(trained))
     assert train_main(["--config", config]) == 2
     assert "holds another run; pass --overwrite to replace it" in capsys.readouterr().err
+    assert train_main(["--config", config, "--resume_from_checkpoint", "latest", "--max_train_steps", "1"]) == 2
+    assert "beyond the 1 steps asked for" in capsys.readouterr().err
     assert train_main(["--config", config, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5"]) == 2
     assert "learning_rate was 0.01, now 0.5" in capsys.readouterr().err
     # a mistake found late must not have removed the old run either

@@ -142,6 +142,7 @@ def test_the_network_with_imagenet_weights_knows_a_palace_and_a_daisy():
         (["none"], "none: no such folder"),
         (["{}/made", "--pattern", "x*"], "no images named x*"),
         (["{}/made", "--metrics", "fid,beauty"], "metrics: 'beauty': of subject"),
+        (["{}/made", "--metrics", "fid,copying"], "reference is required for metrics: fid, copying"),
         (["{}/made", "--replace", "castle"], "replace: 'castle': NEW=KNOWN is allowed"),
         (["{}/made", "--networks", "nobody/nothing"], "nobody/nothing"),
         (["{}/made", "--networks", ","], "networks: one or more are needed"),

@@ -46,6 +46,12 @@ def saved(pipe, tmp_path, unet_inputs):
     return folder, file, out(pipe.unet, unet_inputs)
 
 
+def test_a_word_that_the_pipeline_lacks_is_not_saved(pipe, tmp_path):
+    with pytest.raises(UserError, match="token <cxx>: the pipeline has no such word"):
+        save_atoms(pipe, tmp_path / "a.safetensors", tokens=["<cxx>"])
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 @pytest.fixture
 def fresh(pocket):
     own = copy.copy(pocket)
