@@ -46,7 +46,7 @@ SETTINGS = dict(
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-import sd_atoms.pipeline.artefact, sd_atoms.training.checkpoint
+import sd_atoms.pipeline.artefact_files, sd_atoms.training.checkpoint
 from sd_atoms.cli import train_main
 
 name, sys.argv = sys.argv[1], [sys.argv[2], *sys.argv[3:]]
@@ -60,7 +60,7 @@ def deadly(save_file):
             os.kill(os.getpid(), signal.SIGKILL)
     return save
 
-for module in (sd_atoms.pipeline.artefact, sd_atoms.training.checkpoint):
+for module in (sd_atoms.pipeline.artefact_files, sd_atoms.training.checkpoint):
     module.save_file = deadly(module.save_file)
 sys.exit(train_main())
 """
