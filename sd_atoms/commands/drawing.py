@@ -144,16 +144,6 @@ class Drawing:
     images: dict[str, str]
 
 
-def _note_unknown_words(pipe, texts: Sequence[str], known: Collection[str]) -> None:
-    """Warns of words such as <castel> that the pipeline reads letter by letter."""
-    vocabulary = pipe.tokenizer.get_vocab()
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"<[^<>\s]+>", text))
-    for word in words:
-        if word not in vocabulary:
-            there = f"they bring {', '.join(known)}" if known else "there are none"
-            warnings.warn(f"{word}: is no word of the adapters, {there}", AtomsWarning, stacklevel=3)
-
-
 def prepare(config: Settings, device: torch.device) -> Drawing:
     """Reads adapters, prompts and pictures, and opens the pipeline.
 
@@ -217,6 +207,16 @@ def prepare(config: Settings, device: torch.device) -> Drawing:
         settings=_settled(config, adapters, sampling, conditions),
         images=images,
     )
+
+
+def _note_unknown_words(pipe, texts: Sequence[str], known: Collection[str]) -> None:
+    """Warns of words such as <castel> that the pipeline reads letter by letter."""
+    vocabulary = pipe.tokenizer.get_vocab()
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"<[^<>\s]+>", text))
+    for word in words:
+        if word not in vocabulary:
+            there = f"they bring {', '.join(known)}" if known else "there are none"
+            warnings.warn(f"{word}: is no word of the adapters, {there}", AtomsWarning, stacklevel=3)
 
 
 def read_adapters(config: Settings) -> Adapters:

@@ -11,8 +11,8 @@ from sd_atoms.methods.lycoris import LycorisConfig, LycorisModel
 from sd_atoms.methods.method import KINDS, Method, Sized, find_budget
 from sd_atoms.methods.registry import all_methods, check_settings, from_peft_config, get_method
 from sd_atoms.methods.selective import SelectiveConfig, SelectiveModel
-from sd_atoms.tuner.base import register_tuner
 from sd_atoms.tuner.config import TunerType
+from sd_atoms.tuner.tuned import register_tuner
 
 register_tuner(SelectiveConfig, SelectiveModel, TunerType.SELECTIVE.value)
 register_tuner(DiffFitConfig, DiffFitModel, TunerType.DIFFFIT.value)

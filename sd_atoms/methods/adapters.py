@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_req
 from torch import nn
 
 from sd_atoms.errors import UserError
-from sd_atoms.tuner.base import TunedLayer
+from sd_atoms.tuner.tuned import TunedLayer
 
 # By this, models of diffusers and transformers know that they have adapters. Their own `add_adapter` does no more, but
 # that of transformers 5.24 asks for a PEFT newer than any released.

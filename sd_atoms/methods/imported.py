@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.tuner.base import TunedLayer, TunedModel
 from sd_atoms.tuner.config import TargetConfig, TunerType
+from sd_atoms.tuner.tuned import TunedLayer, TunedModel
 
 PREFIX = "imported_"
 Parts = Mapping[str, torch.Tensor]

@@ -3,7 +3,7 @@
 import torch
 
 from sd_atoms.atoms import mixing_dtype
-from sd_atoms.tuner.base import TunedLayer, full_precision
+from sd_atoms.tuner.tuned import TunedLayer, full_precision
 
 
 class DeltaLayer(TunedLayer):

@@ -12,8 +12,8 @@ from torch import nn
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.methods.config import RankConfig
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.tuner.base import TunedModel
 from sd_atoms.tuner.config import TunerType
+from sd_atoms.tuner.tuned import TunedModel
 
 
 @dataclass

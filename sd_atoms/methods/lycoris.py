@@ -14,9 +14,9 @@ from torch import nn
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.methods.config import RankConfig
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.tuner.base import TunedModel
 from sd_atoms.tuner.config import TunerType, is_count
 from sd_atoms.tuner.plan import CONVOLUTIONS
+from sd_atoms.tuner.tuned import TunedModel
 
 # What `lycoris.functional` takes, in its order, by the names in LyCORIS' files (there with lora_, hada_ or lokr_).
 PARTS = {

@@ -8,9 +8,9 @@ from torch import nn
 
 from sd_atoms.atoms import mixing_dtype
 from sd_atoms.tuner import named_targets
-from sd_atoms.tuner.base import TunedLayer, TunedModel
 from sd_atoms.tuner.config import TargetConfig, TunerType
 from sd_atoms.tuner.shared import base_of
+from sd_atoms.tuner.tuned import TunedLayer, TunedModel
 
 KINDS = ("bias", "norm", "full")
 

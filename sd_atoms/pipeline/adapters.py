@@ -23,8 +23,8 @@ from sd_atoms.pipeline.lora import check_lora_swap, swap_lora
 from sd_atoms.pipeline.scales import take_block_scales
 from sd_atoms.pipeline.tokens import add_placeholder_tokens, check_placeholder_rows, placeholder_rows
 from sd_atoms.tuner import check_swap, swap_adapter
-from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
+from sd_atoms.tuner.tuned import TunedLayer
 
 # peft_type -> how other numbers are checked and written over those of a loaded adapter, in place
 SWAPS = {"FILTER_ATOMS": (check_swap, swap_adapter), "LORA": (check_lora_swap, swap_lora)}

@@ -10,8 +10,8 @@ from torch import nn
 from sd_atoms.methods.adapters import tuner_layers
 from sd_atoms.methods.factors import Factors, low_rank
 from sd_atoms.tuner import AtomsLayer
-from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
+from sd_atoms.tuner.tuned import TunedLayer
 
 
 @dataclass

@@ -23,8 +23,8 @@ from sd_atoms.pipeline.changes import weight_change
 from sd_atoms.pipeline.config import CONFIG_KEYS, UNET, plain_settings
 from sd_atoms.pipeline.header import find_base, find_base_config, parse_header
 from sd_atoms.tuner import TARGET_SETS, AtomsConfig, AtomsLayer, layer_plan, named_targets
-from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.shared import base_of
+from sd_atoms.tuner.tuned import TunedLayer
 
 STAGES = {"mid_block": 1, "up_blocks": 2, "conv_out": 3}  # diffusers lists mid_block behind up_blocks
 # what --arch counts: every layer as `AtomsConfig(m=9, kc=4)` would adapt it,

@@ -25,11 +25,11 @@ from sd_atoms.atoms import (
     svd_atoms,
 )
 from sd_atoms.errors import UserError
-from sd_atoms.tuner.base import TunedLayer
 from sd_atoms.tuner.cached_weight import CachedWeight, cache_weight, is_cached, is_valid
 from sd_atoms.tuner.config import AtomsConfig
 from sd_atoms.tuner.plan import LayerPlan, in_channels, layer_plan
 from sd_atoms.tuner.shared import refuse_leaf_offload
+from sd_atoms.tuner.tuned import TunedLayer
 
 RANDOM_START = 0.1  # standard deviation of the change that init_weights=False starts with
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from sd_atoms.tuner.base import TunedModel
 from sd_atoms.tuner.combine import add_weighted_adapter
 from sd_atoms.tuner.layer import AtomsConv, AtomsLayer, AtomsLinear
 from sd_atoms.tuner.plan import layer_plan
 from sd_atoms.tuner.shared import base_of
+from sd_atoms.tuner.tuned import TunedModel
 
 
 class AtomsModel(TunedModel):

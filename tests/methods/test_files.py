@@ -237,7 +237,7 @@ from torch import nn
 from sd_atoms.methods import Method
 from sd_atoms.methods.config import TargetConfig
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.tuner.base import TunedModel, register_tuner
+from sd_atoms.tuner.tuned import TunedModel, register_tuner
 
 Kind = Enum("Kind", {"GAIN": "OUTSIDE_GAIN"}, type=str)
 

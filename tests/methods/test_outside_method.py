@@ -15,7 +15,7 @@ from sd_atoms.methods import Method, all_methods, get_method
 from sd_atoms.methods.config import TargetConfig
 from sd_atoms.methods.contract import CHECKS, Case, check_method
 from sd_atoms.methods.layer import DeltaLayer
-from sd_atoms.tuner.base import TunedModel, register_tuner
+from sd_atoms.tuner.tuned import TunedModel, register_tuner
 
 Kind = Enum("Kind", {"GAIN": "GAIN"}, type=str)
 
