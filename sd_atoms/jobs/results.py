@@ -4,7 +4,9 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sd_atoms.errors import UserError
@@ -171,16 +173,27 @@ def collected(plan: Plan) -> list[dict[str, Any]]:
         if run.stage != PRETRAINED:
             if not (folder / METRICS).exists():
                 raise UserError(f"{folder / METRICS}: is gone; remove {SCORES} beside it to finish the run anew")
+            log = read_log(folder / LOG)
             entry |= {
                 "training": _read(folder / METRICS)["training"],
                 "environment": _read(folder / "env.json"),
                 "settings": read_yaml(folder / CONFIG),
                 "peft_config": _read(folder / ADAPTER / "adapter_config.json"),
                 "adapter_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-                "losses": [(line["step"], line["loss"]) for line in read_log(folder / LOG)],
+                "losses": [(line["step"], line["loss"]) for line in log],
+                "steady_seconds": steady_seconds([line["seconds"] for line in log]),
             }
         found.append(entry)
     return found
+
+
+def steady_seconds(clock: Sequence[float]) -> float | None:
+    """What a training's steps take at their median, so that no pause and no busy hour of the machine counts.
+
+    clock: seconds since the start at the end of each step. None where the log is gone.
+    """
+    took = [end - start for start, end in pairwise([0.0, *clock])]
+    return median(took) * len(took) if took else None
 
 
 def _read(path: Path) -> Any:

@@ -10,55 +10,50 @@ from PIL import Image
 from sd_atoms.report.grid import image_grid
 from sd_atoms.report.rows import Comparison, Row, picture_of
 
-MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "*": "★"}  # of concepts, and what a title calls them
+MARKERS = ("o", "s", "^", "D", "v", "*")  # after ten methods the colours come again with the next
 SMOOTHED = 0.05  # of a curve's length
 
 
 def pareto_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure | None:
-    """Fidelity against diversity, text, parameters and seconds; colours are methods, markers are concepts."""
-    judge = comparison.fidelity
-    panels = [("diversity", f"{judge} diversity", False), ("text", f"{comparison.text} text", False)]
-    panels += [("parameters", "parameters", True), ("seconds of training", "seconds", False)]
-    rows = [row for row in rows if f"{judge} image" in row.figures]
+    """Fidelity against diversity, text, parameters and seconds, the panels of a concept side by side."""
+    judge = f"{comparison.fidelity} image"
+    panels = [("diversity", f"{comparison.fidelity} diversity"), ("text", f"{comparison.text} text")]
+    panels += [("parameters", "parameters"), ("seconds of training", "seconds")]
+    rows = [row for row in rows if judge in row.figures]
     panels = [panel for panel in panels if any(_point(row, panel[1]) is not None for row in rows)]
+    concepts = [concept for concept in comparison.concepts if any(row.concept == concept for row in rows)]
     if not panels:
         return None
-    figure = Figure(figsize=(4.3 * len(panels), 4.6), dpi=130, layout="constrained", facecolor="white")
-    colours = _colours(comparison)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (label, key, log) in zip(all_axes, panels, strict=True):
-        labelled = set()
-        for row in rows:
-            point = _point(row, key)
-            if point is None:
-                continue
-            (x, x_low, x_high), (y, y_low, y_high) = point, row.figures[f"{judge} image"]
-            number = list(comparison.concepts).index(row.concept)
-            axes.errorbar(
-                [x],
-                [y],
-                xerr=None if x_low is None else [[x - x_low], [x_high - x]],
-                yerr=None if y_low is None else [[y - y_low], [y_high - y]],
-                color=colours[row.method],
-                marker=list(MARKERS)[number % len(MARKERS)],
-                markersize=6,
-                linewidth=0.8,
-                linestyle="none",
-                label=None if row.method in labelled else row.method,
-            )
-            labelled.add(row.method)
-        if log:
-            axes.set_xscale("log")
-        axes.set_xlabel(label, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#e3e3e3", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"fidelity ({judge})", fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8, frameon=False)
-    signs = list(MARKERS.values())
-    concepts = ", ".join(f"{signs[n % len(signs)]} {name}" for n, name in enumerate(comparison.concepts))
-    figure.suptitle(f"{comparison.base}: {concepts}", fontsize=10)
+    size = (4.3 * len(panels), 4.0 * len(concepts) + 0.6)
+    figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
+    look_of, handles = looks(comparison), {}
+    all_axes = figure.subplots(len(concepts), len(panels), sharex="col", sharey="row", squeeze=False)
+    for concept, line in zip(concepts, all_axes, strict=True):
+        for axes, (label, key) in zip(line, panels, strict=True):
+            for row in rows:
+                point = _point(row, key)
+                if row.concept != concept or point is None:
+                    continue
+                x, y = point, row.figures[judge]
+                colour, marker = look_of[row.method]
+                handles[row.method] = axes.errorbar(
+                    [x[0]], [y[0]], xerr=_reach(x), yerr=_reach(y), color=colour, marker=marker, markersize=6.5,
+                    markeredgecolor="white", markeredgewidth=0.6, linestyle="none", elinewidth=0.7,
+                    ecolor=(*colour, 0.5),
+                )  # fmt: skip
+            if key == "parameters":
+                axes.set_xscale("log")
+            axes.set_xlabel(label, fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.grid(color="#e3e3e3", linewidth=0.7)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(f"{concept}: fidelity ({comparison.fidelity})", fontsize=9)
+    named = [method for method in comparison.methods if method in handles]
+    figure.legend(
+        [handles[method] for method in named], named,
+        loc="outside lower center", ncols=min(9, len(named)), fontsize=8, frameon=False,
+    )  # fmt: skip
+    figure.suptitle(comparison.base, fontsize=10)
     return figure
 
 
@@ -69,7 +64,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         return None
     figure = Figure(figsize=(6.0 * len(concepts), 4.4), dpi=130, layout="constrained", facecolor="white")
     for axes, concept in zip(figure.subplots(1, len(concepts), squeeze=False)[0], concepts, strict=True):
-        for method, colour in _colours(comparison).items():
+        for method, (colour, marker) in looks(comparison).items():
             curves = [run["losses"] for run in comparison.of(concept, method) if run.get("losses")]
             if not curves:
                 continue
@@ -78,7 +73,8 @@ def curves_figure(comparison: Comparison) -> Figure | None:
             window = max(1, round(SMOOTHED * length))
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             steps = [step for step, _ in curves[0][:length]][window - 1 :]
-            axes.plot(steps, smooth, color=colour, linewidth=1.1, label=method)
+            dashes = "-" if marker == MARKERS[0] else "--"
+            axes.plot(steps, smooth, color=colour, linewidth=1.1, linestyle=dashes, label=method)
         axes.set_title(concept, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -86,7 +82,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("training loss", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(9, len(labels)), fontsize=8, frameon=False)
     return figure
 
 
@@ -100,10 +96,13 @@ def prompt_grid(comparison: Comparison, concept: str, numbers: Sequence[int]) ->
     return image_grid(rows, labels, [method for method, _ in columns], title=f"{concept} on {comparison.base}")
 
 
-def _colours(comparison: Comparison) -> dict[str, tuple]:
-    """A colour for each method."""
-    shades = colormaps["tab10" if len(comparison.methods) <= 10 else "tab20"]
-    return {method: shades(number % shades.N) for number, method in enumerate(comparison.methods)}
+def looks(comparison: Comparison) -> dict[str, tuple[tuple[float, float, float], str]]:
+    """A colour and a marker for each method."""
+    colours = colormaps["tab10"].colors
+    return {
+        method: (colours[number % len(colours)], MARKERS[number // len(colours) % len(MARKERS)])
+        for number, method in enumerate(comparison.methods)
+    }
 
 
 def _point(row: Row, key: str) -> tuple[float, float | None, float | None] | None:
@@ -111,3 +110,9 @@ def _point(row: Row, key: str) -> tuple[float, float | None, float | None] | Non
         value = getattr(row, key)
         return None if value is None else (value, None, None)
     return row.figures.get(key)
+
+
+def _reach(figure: tuple[float, float | None, float | None]) -> list[list[float]] | None:
+    """How far an interval goes below and above its value."""
+    value, low, high = figure
+    return None if low is None else [[value - low], [high - value]]

@@ -23,7 +23,8 @@ class Comparison:
     shown_prompts, scale_prompts: numbers of those in the small grid, and of those drawn at all scales. fidelity, text:
     networks that judge; text None where none knows texts. against: the method that the others are paired with.
     runs, rate_runs: what finished runs left: "scores" (of scores.json), "folder", "drawn" (of its pictures) and, of
-    trained ones, "training", "environment", "settings", "peft_config", "adapter_bytes", "losses". failed: run -> why.
+    trained ones, "training", "environment", "settings", "peft_config", "adapter_bytes", "losses", "steady_seconds".
+    failed: run -> why.
     """
 
     base: str
@@ -116,7 +117,7 @@ def _row(comparison: Comparison, concept: str, method: str, runs: Sequence[Mappi
         parameters=counts[0] if counts else None,
         kilobytes=mean_value([run["adapter_bytes"] / 1000 for run in trained]),
         rate=rate,
-        seconds=mean_value([entry["seconds"] for entry in training]),
+        seconds=mean_value([run["steady_seconds"] for run in trained if run["steady_seconds"] is not None]),
         memory_gb=mean_value([entry["peak_memory_bytes"] / 1e9 for entry in training if "peak_memory_bytes" in entry]),
         figures=figures,
         differences=pairs,

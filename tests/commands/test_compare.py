@@ -26,8 +26,17 @@ from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
 from sd_atoms.jobs.queue import Job, held, note_failure
-from sd_atoms.jobs.results import QUEUE, SCORES, check_rates_settled, collected, merge_from, selection_score
+from sd_atoms.jobs.results import (
+    QUEUE,
+    SCORES,
+    check_rates_settled,
+    collected,
+    merge_from,
+    selection_score,
+    steady_seconds,
+)
 from sd_atoms.report.comparison import write_report
+from sd_atoms.report.comparison_figures import looks, pareto_figure
 from sd_atoms.report.rows import first_sentence, mean_of, paired, rows_of
 
 PROMPTS = ["photo of a {}.", "The {} overlooks a serene lake."]
@@ -324,6 +333,25 @@ def test_the_interval_of_a_mean_is_the_wider_of_images_and_seeds():
     wide = [{"value": 0.3, "low": 0.1, "high": 0.5}] * 2
     assert mean_of(wide)[2] - 0.3 == pytest.approx(0.2)  # all seeds share their prompts and noise
     assert mean_of([{"value": 0.3, "low": None, "high": None}]) == (0.3, None, None)
+
+
+def test_a_pause_does_not_count_as_training():
+    assert steady_seconds([2.0, 3.0, 4.0, 64.0, 65.0]) == 5.0  # a minute asleep in step 4, a slow start
+    assert steady_seconds([]) is None
+
+
+def test_a_figure_has_a_row_of_panels_for_each_concept_andlooks_of_their_own_for_methods(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
+    from comparisons import made_up
+
+    comparison = made_up(tmp_path)
+    figure = pareto_figure(comparison, rows_of(comparison))
+    named = [axes.get_ylabel().partition(":")[0] for axes in figure.axes if axes.get_ylabel()]
+    assert (named, len(figure.axes)) == (["castle", "canal"], 8)
+    assert [len(axes.containers) for axes in figure.axes[:4]] == [4, 4, 3, 3]  # the base has no size and no time
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(comparison.methods)
+    many = replace(comparison, methods=[f"method {number}" for number in range(60)])
+    assert len(set(looks(many).values())) == 60
 
 
 def test_a_difference_is_told_in_pairs(tmp_path):
