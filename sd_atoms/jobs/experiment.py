@@ -144,6 +144,8 @@ def _rates_to_try(
         return dict.fromkeys(rates.concepts, found)
     if rates is None:
         return {}
+    if not rates.factors:
+        raise UserError("has no learning_rate; give one, a list of them to try, or `factors` under rates")
     tried = {}
     for concept in rates.concepts:
         # any rate will do to see what else is said of the method
@@ -238,9 +240,9 @@ def _rates(path: str, entries: Mapping[str, Any] | None, concepts: Mapping[str, 
     if entries is None:
         return None
     unknown = [name for name in entries if name not in ("factors", "concepts", "seeds", "prompts_file")]
-    factors = entries.get("factors")
+    factors = entries.get("factors", [])
     problems = [f"rates: unknown key {name!r}" for name in unknown]
-    if not isinstance(factors, list) or not factors or not all(_is_number(f) and f > 0 for f in factors):
+    if not isinstance(factors, list) or not all(_is_number(f) and f > 0 for f in factors):
         problems.append(f"rates: factors: a list of numbers above 0 is needed, got {shown(factors)}")
     chosen = entries.get("concepts", list(concepts)[:1])
     if not isinstance(chosen, list) or not chosen or not set(chosen) <= set(concepts):

@@ -89,6 +89,10 @@ def test_a_method_brings_rates_of_its_own_to_try(tmp_path):
     assert run.rate_runs == tuple(other.name for other in tried)
     assert chosen_rate(plan, run, lambda other: other.values["learning_rate"]) == 0.02
     assert plan.config(run, 0.02).optimiser.learning_rate == 0.02
+    listed = plan_of(tmp_path, rates={"seeds": 7}, methods={"ia3": ia3})  # nothing is left for factors to multiply
+    assert [run.name for run in listed.runs if run.stage == "rate"] == [
+        "rates/castle/ia3/0.001/seed-7", "rates/castle/ia3/0.02/seed-7"
+    ]  # fmt: skip
 
 
 def test_a_flag_wins_over_the_file(tmp_path):
@@ -140,7 +144,8 @@ def test_a_flag_wins_over_the_file(tmp_path):
             {"rates": {"factors": [1]}, "concepts": {"castle": {"config": "pocket/castle", "instance_prompt": "a"}}},
             "castle/pretrained: instance_prompt: 'a' lacks the placeholder <castle>",
         ),
-        ({"rates": {"factors": []}}, "rates: factors: a list of numbers above 0 is needed"),
+        ({"rates": {"factors": 3}}, "rates: factors: a list of numbers above 0 is needed, got 3"),
+        ({"rates": {"seeds": 100}}, "methods.atoms: has no learning_rate; give one, a list of them to try, or"),
         ({"rates": {"factors": [1], "speed": 1}}, "rates: unknown key 'speed'"),
         ({"rates": {"factors": [1], "concepts": ["dog"]}}, "rates: concepts: of castle, canal"),
         ({"rates": {"factors": [1], "seeds": [1]}}, "rates: seeds: 1 are scored too"),
