@@ -22,6 +22,11 @@ def shortlist(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
+def plural(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless there is one."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def first_lines(lines: Sequence[str]) -> list[str]:
     """The first lines of a list, and one on how many more there are."""
     more = len(lines) - MOST_TOLD

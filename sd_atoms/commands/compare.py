@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sd_atoms.commands import runs
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, plural
 from sd_atoms.evaluation.networks import open_network
 from sd_atoms.files import write_text
 from sd_atoms.jobs.drawing import check_surroundings, draw_run, score_drawn
@@ -26,6 +26,7 @@ from sd_atoms.jobs.queue import HOW, Job, QueueSettings, run_jobs, status_text
 from sd_atoms.jobs.results import QUEUE, SCORES, collected, judges, merge_from, read_scores
 from sd_atoms.report.comparison import Comparison, report_text, write_report
 from sd_atoms.settings import add_flags, fields_of, resolve, section, setting, to_yaml, unmet_needs
+from sd_atoms.sources import public_name
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def comparison_of(plan: Plan, failed: Mapping[str, str]) -> Comparison:
     entries = collected(plan)
     fidelity, text = judges(plan, entries[0]["scores"]["networks"]) if entries else (plan.networks[0], None)
     return Comparison(
-        base=str(next(iter(plan.concepts.values()))["pretrained_model_name_or_path"]),
+        base=public_name(str(next(iter(plan.concepts.values()))["pretrained_model_name_or_path"])),
         methods=(PRETRAINED, *plan.methods),
         concepts=tuple(plan.concepts),
         prompts=plan.prompts,
@@ -202,7 +203,7 @@ def plan_text(plan: Plan, step_seconds: float | None = None, image_seconds: floa
         # how many steps num_train_epochs means only the photos tell
         steps = None if any(loop.num_train_epochs for loop in loops) else sum(loop.max_train_steps for loop in loops)
         length = "passes over the photos" if steps is None else f"{steps:,} training steps"
-        lines.append(f"{len(own):>5} runs: {stage}; {length}, {pictures:,} pictures")
+        lines.append(f"{plural(len(own), 'run'):>10}: {stage}; {length}, {pictures:,} pictures")
         done = [plan.run_folder(run) for run in own if (plan.run_folder(run) / SCORES).exists()]
         if done:
             seconds = sum(read_scores(folder / SCORES)["seconds"] for folder in done) / len(done)

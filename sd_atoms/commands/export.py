@@ -203,9 +203,10 @@ def _overview(contents: Contents, refused: dict[str, str], dtype_name: str, head
     best = next((kind for kind in ("comfy", "checkpoint", "words") if kind not in refused), None)
     more = ",words" if contents.tokens and best != "words" else ""
     also = "; checkpoint where no node can be put in" if best == "comfy" else ""
-    return "\n".join(
-        [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{more}{also}"]
-    )
+    lines = [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{more}{also}"]
+    if contents.sd is None:
+        lines.append("Its base is not of Stable Diffusion v1 or v2: of these programs only diffusers opens that.")
+    return "\n".join(lines)
 
 
 def _comfy_bytes(contents: Contents, header: dict[str, str]) -> int:

@@ -99,8 +99,9 @@ def check_runs(plan: Runs) -> None:
 
 
 def seconds_of(job: Job) -> float | None:
-    """What a finished run took."""
-    return read_scores(job.done).get("seconds")
+    """What a finished run took; None of the base, which is not trained and so says nothing of the others."""
+    scores = read_scores(job.done)
+    return None if scores["stage"] == PRETRAINED else scores.get("seconds")
 
 
 def step_of(plan: Runs, job: Job) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sd_atoms.errors import UserError
+from sd_atoms.errors import UserError, plural
 
 LEVELS = ("error", "warning", "fact")
 
@@ -53,11 +53,6 @@ def problem(error: UserError, about: str) -> Finding:
     """An error of a setting, file or thing as a finding about it."""
     text = str(error).removeprefix(f"{about}: ")
     return Finding("error", about, text, "mend or remove them" if "\n" in text else "")
-
-
-def plural(number: int, noun: str) -> str:
-    """A number and its noun, in the plural unless there is one."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def bytes_text(count: float) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 
 from sd_atoms.data.buckets import bucket_sizes, nearest
 from sd_atoms.data.records import ImageRecord, ImageStats
-from sd_atoms.doctor.findings import Finding, plural
-from sd_atoms.errors import shortlist
+from sd_atoms.doctor.findings import Finding
+from sd_atoms.errors import plural, shortlist
 
 FEWEST_PICTURES = 3
 MOST_LOST = 0.3  # share of a picture that a square crop may cut: 0.25 of the 4:3 of most cameras, 0.33 of 3:2

@@ -1,8 +1,8 @@
 """The plan of a run beside what the base allows and what is usual: targets, rates, intervals, class images."""
 
 from sd_atoms.data.images import scan_folder
-from sd_atoms.doctor.findings import Finding, plural
-from sd_atoms.errors import UserError
+from sd_atoms.doctor.findings import Finding
+from sd_atoms.errors import UserError, plural
 from sd_atoms.methods.method import adapter_shapes
 from sd_atoms.settings import replaced
 from sd_atoms.training.config import TrainConfig

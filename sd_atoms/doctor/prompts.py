@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from sd_atoms.data.concepts import Source, concept_prompts, image_prompts
 from sd_atoms.data.config import Concept
 from sd_atoms.data.prompts import cut_prompt, fill, load_templates
-from sd_atoms.doctor.findings import Finding, plural, raised
-from sd_atoms.errors import UserError, shortlist
+from sd_atoms.doctor.findings import Finding, raised
+from sd_atoms.errors import UserError, plural, shortlist
 from sd_atoms.pipeline.tokens import check_new_token
 from sd_atoms.training.config import TrainConfig
 from sd_atoms.training.dataset import class_prompts

@@ -12,6 +12,7 @@ from sd_atoms.jobs.results import collected
 from sd_atoms.jobs.set_drawing import reference_of, set_requests, spread
 from sd_atoms.jobs.sets import SetPlan
 from sd_atoms.report.sets import ImageSet, SetComparison
+from sd_atoms.sources import public_name
 
 
 def set_comparison(plan: SetPlan, failed: Mapping[str, str]) -> SetComparison:
@@ -19,7 +20,7 @@ def set_comparison(plan: SetPlan, failed: Mapping[str, str]) -> SetComparison:
     entries = collected(plan)
     done = {entry["scores"]["concept"] for entry in entries}
     return SetComparison(
-        base=str(plan.config(plan.runs[0]).base.pretrained_model_name_or_path),
+        base=public_name(plan.config(plan.runs[0]).base.pretrained_model_name_or_path),
         sets=tuple(_image_set(plan, name, tasks) for name, tasks in plan.sets.items() if name in done),
         methods=(PRETRAINED, *plan.methods),
         runs=tuple(entries),

@@ -159,7 +159,7 @@ def test_the_report_says_what_the_runs_say(compared):
         assert int(rows[method]["parameters"]) == metrics["trained_numbers"] + metrics["trained_token_numbers"]
         assert float(rows[method]["memory_gb"]) == pytest.approx(metrics["peak_memory_bytes"] / 1e9)
     text = (report / "table.md").read_text()
-    assert text.startswith(f"# Comparison on {str(plan.folder.parent / 'base').replace('_', chr(92) + '_')}")
+    assert text.startswith("# Comparison on base\n")  # not where on this machine it lies
     assert "## Against lora, on the same seeds, prompts and noise" in text
     for name in ("index.html", "plotly.min.js", "pareto.png", "curves.png", "grid-castle.png", "grid-all-castle.png"):
         assert (report / name).stat().st_size > 1000
