@@ -74,7 +74,9 @@ def test_the_table_sorts_by_a_click_or_a_key_and_filters(page):
 
 
 def test_a_point_of_the_plot_shows_its_pictures(page):
-    assert page.locator("#plot .point").count() == 8
+    assert page.locator("#plot .point").count() == 4
+    page.select_option("#plot-concept", "")
+    page.wait_for_function("document.querySelectorAll('#plot .point').length == 8")
     page.select_option("#plot-x", "parameters")
     page.wait_for_function("document.querySelectorAll('#plot .point').length == 6")  # the pretrained base has none
     box = page.locator("#plot .point").nth(2).bounding_box()
@@ -134,7 +136,7 @@ def test_differences_in_pairs_and_tried_rates_are_shown(page):
     rows = [row.split("\t") for row in page.locator("#differences tbody").inner_text().split("\n")]
     assert [row[1] for row in rows] == ["lora", "token"] * 2
     assert rows[0][2].startswith("+0.100 +0.100 to +0.100")
-    assert page.locator("#rates tbody").inner_text().split() == ["lora", "0.001", "0.450", "lora", "0.003", "0.500"]
+    assert page.locator("#rates tbody").inner_text().split("\t") == ["lora", "0.001: 0.450, 0.003: 0.500"]
 
 
 def test_a_phone_needs_no_sideways_scrolling(page):
