@@ -205,7 +205,7 @@ def _overview(contents: Contents, refused: dict[str, str], dtype_name: str, head
     also = "; checkpoint where no node can be put in" if best == "comfy" else ""
     lines = [text_table(["--to", "size", "change", "for"], rows), "", f"Recommended: --to {best}{more}{also}"]
     if contents.sd is None:
-        lines.append("Its base is not of Stable Diffusion v1 or v2: of these programs only diffusers opens that.")
+        lines.append("Its base is not of Stable Diffusion v1 or v2: plain diffusers opens that, others do not.")
     return "\n".join(lines)
 
 

@@ -51,7 +51,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Rates:
-    """How the learning rate of each method is chosen: by runs on other seeds and prompts than the scored ones."""
+    """How the learning rate of each method is chosen: by runs on other seeds and prompts than the scored ones.
+
+    factors: of the usual rate; empty where every method lists its own.
+    """
 
     factors: tuple[float, ...]
     concepts: tuple[str, ...]

@@ -190,10 +190,12 @@ def collected(plan: Plan) -> list[dict[str, Any]]:
 def steady_seconds(clock: Sequence[float]) -> float | None:
     """What a training's steps take at their median, so that no pause and no busy hour of the machine counts.
 
-    clock: seconds since the start at the end of each step. None where the log is gone.
+    clock: seconds since the start at the end of each step. None where the log is gone or, of an old version, has none.
     """
+    if not any(clock):
+        return None
     took = [end - start for start, end in pairwise([0.0, *clock])]
-    return median(took) * len(took) if took else None
+    return median(took) * len(took)
 
 
 def _read(path: Path) -> Any:

@@ -96,7 +96,7 @@ def meanings(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "nearer to a photo than any two photos are to each other.",
         "drift: (1 − cosine) / 2 between pictures of other things with and without the adapter; lower is better.",
         "score: harmonic mean of fidelity and text; the best is **bold**. rate: of the learning; seconds: of "
-        "training, each step at the median of all; memory: GB at the peak of the process.",
+        "training, its steps times their median; memory: GB at the peak of the process.",
     ]
     if any(key.endswith(" surroundings") for row in rows for key in row.figures):
         texts.append(

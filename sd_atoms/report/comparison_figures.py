@@ -44,7 +44,7 @@ def pareto_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure | None:
             if key == "parameters":
                 axes.set_xscale("log")
             axes.set_xlabel(label, fontsize=9)
-            axes.tick_params(labelsize=8)
+            axes.tick_params(labelsize=8, labelbottom=True)
             axes.grid(color="#e3e3e3", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel(f"{concept}: fidelity ({comparison.fidelity})", fontsize=9)
@@ -73,7 +73,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
             window = max(1, round(SMOOTHED * length))
             smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
             steps = [step for step, _ in curves[0][:length]][window - 1 :]
-            dashes = "-" if marker == MARKERS[0] else "--"
+            dashes = ("-", "--", ":", "-.")[MARKERS.index(marker) % 4]
             axes.plot(steps, smooth, color=colour, linewidth=1.1, linestyle=dashes, label=method)
         axes.set_title(concept, fontsize=10)
         axes.set_xlabel("step", fontsize=9)

@@ -117,7 +117,7 @@ def _row(comparison: Comparison, concept: str, method: str, runs: Sequence[Mappi
         parameters=counts[0] if counts else None,
         kilobytes=mean_value([run["adapter_bytes"] / 1000 for run in trained]),
         rate=rate,
-        seconds=mean_value([run["steady_seconds"] for run in trained if run["steady_seconds"] is not None]),
+        seconds=mean_value([run["steady_seconds"] or run["training"]["seconds"] for run in trained]),
         memory_gb=mean_value([entry["peak_memory_bytes"] / 1e9 for entry in training if "peak_memory_bytes" in entry]),
         figures=figures,
         differences=pairs,

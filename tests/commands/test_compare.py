@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sd_atoms.cli import main
 from sd_atoms.commands.compare import comparison_of, do_run, plan_text
-from sd_atoms.commands.runs import check_runs, step_of
+from sd_atoms.commands.runs import check_runs, seconds_of, step_of
 from sd_atoms.errors import UserError
 from sd_atoms.evaluation.clip import ClipFeatures
 from sd_atoms.jobs.experiment import read_plan
@@ -314,6 +314,12 @@ def test_the_command_says_what_it_would_do_and_how_far_it_is(compared, capsys):
     assert "dry_run" in capsys.readouterr().err
     assert main(["compare", path, "--status"]) == 0
     assert "5 done" in capsys.readouterr().out
+    base, trained = (
+        Job(name, plan.run_folder(plan.named(name)) / SCORES, ())
+        for name in ("castle/pretrained", "castle/lora/seed-0")
+    )
+    assert seconds_of(base) is None  # nothing was trained
+    assert seconds_of(trained) > 0
     assert main(["compare", path, "--run", "castle/dora/seed-0"]) == 2
     assert "'castle/dora/seed-0' is none of this experiment's" in capsys.readouterr().err
     assert not (plan.folder / QUEUE / "castle/dora").exists()
@@ -338,9 +344,10 @@ def test_the_interval_of_a_mean_is_the_wider_of_images_and_seeds():
 def test_a_pause_does_not_count_as_training():
     assert steady_seconds([2.0, 3.0, 4.0, 64.0, 65.0]) == 5.0  # a minute asleep in step 4, a slow start
     assert steady_seconds([]) is None
+    assert steady_seconds([0.0, 0.0]) is None  # a log that tells no time
 
 
-def test_a_figure_has_a_row_of_panels_for_each_concept_andlooks_of_their_own_for_methods(tmp_path):
+def test_a_figure_has_a_row_of_panels_for_each_concept_and_looks_of_their_own_for_methods(tmp_path):
     sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
     from comparisons import made_up
 
@@ -365,6 +372,7 @@ def test_a_difference_is_told_in_pairs(tmp_path):
     assert paired(comparison, runs[:1], others[1:]) == {}  # no seed in common
     row = next(row for row in rows_of(comparison) if (row.concept, row.method) == ("castle", "lora"))
     assert row.differences["fidelity"][0] == pytest.approx(0.1)
+    assert row.seconds == 6.0  # by the median step, not by the clock
     assert first_sentence(comparison, rows_of(comparison)).startswith(
         "castle: likeness is highest with lora (0.510; in reach of the intervals of atoms), text with token (0.580"
     )

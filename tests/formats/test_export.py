@@ -185,7 +185,7 @@ def test_without_a_kind_it_says_what_there_is(files, tmp_path, capsys):
     assert export(files("atoms"), "--out", tmp_path) == 0
     said = capsys.readouterr().out
     assert "Recommended: --to comfy,words" in said
-    assert "only diffusers opens that" in said
+    assert "plain diffusers opens that" in said
     assert [line.split()[0] for line in said.splitlines()[2:7]] == ["comfy", "checkpoint", "lora", "diff", "words"]
     assert not list(tmp_path.iterdir())
     assert export(files("bitfit")) == 0

@@ -68,7 +68,7 @@ def made_up(folder: Path, concepts=("castle", "canal"), seeds=(0, 1), images_per
                         "peft_config": {"peft_type": method.upper()},
                         "adapter_bytes": 1000 * m,
                         "losses": [(step, 1.0 / step) for step in (1, 2, 3, 4)],
-                        "steady_seconds": 2.0 * m,
+                        "steady_seconds": 3.0 * m,  # beside "seconds", which counts pauses
                     }  # fmt: skip
                 runs.append(run)
     tried = [

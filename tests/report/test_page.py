@@ -75,6 +75,9 @@ def test_the_table_sorts_by_a_click_or_a_key_and_filters(page):
 
 def test_a_point_of_the_plot_shows_its_pictures(page):
     assert page.locator("#plot .point").count() == 4
+    page.select_option("#plot-concept", "canal")
+    assert page.locator("#plot-point option").all_inner_texts()[0] == "pretrained on canal"
+    assert "canal" in source(page, "#plot-images img")
     page.select_option("#plot-concept", "")
     page.wait_for_function("document.querySelectorAll('#plot .point').length == 8")
     page.select_option("#plot-x", "parameters")
